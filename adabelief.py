@@ -1,0 +1,96 @@
+"""AdaBelief: steps as long as the belief in the observed gradient (Zhuang et al., NeurIPS 2020).
+
+    m <- b1 m + (1 - b1) g                     the gradient that one expects
+    s <- b2 s + (1 - b2) (g - m)^2 + eps       how wrong that expectation is, squared
+    m' = m / (1 - b1^t),  s' = s / (1 - b2^t)  both averages start at zero: correct for it
+    p <- p - lr m' / (sqrt(s') + eps)          long steps where the gradient keeps its word
+
+Adam has g^2 in the place of (g - m)^2, and no eps inside s.
+
+    optimizer = AdaBelief(model.parameters(), lr=1e-3)
+"""
+
+import math
+
+import torch
+from torch.optim import Optimizer
+
+
+class AdaBelief(Optimizer):
+    """AdaBelief on `torch._foreach_*`: one call for each line above, whatever the number of tensors.
+
+    Args:
+        params: tensors, or dicts that define parameter groups.
+        lr: step size.
+        betas: decay of m and of s.
+        eps: added to s at every step and to its root.
+        weight_decay: 0 for none.
+        decoupled: shrink the parameters by lr * weight_decay (as AdamW does) instead of adding
+            weight_decay * p to the gradient.
+        rectify: scale the steps as RAdam does, and take plain momentum steps while s is too young.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-16, weight_decay: float = 0.0, decoupled: bool = True,
+                 rectify: bool = False):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
+            raise ValueError(f"lr, eps and weight_decay must be 0 or more: {lr}, {eps}, {weight_decay}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1): {betas}")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      decoupled=decoupled, rectify=rectify))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            same_age = {}  # t -> parameters: one entry, unless some had no gradient for a while
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_var=torch.zeros_like(p))
+                state["step"] += 1
+                same_age.setdefault(state["step"], []).append(p)
+            for t, params in same_age.items():
+                self._update(group, t, params)
+        return loss
+
+    def _update(self, group, t, params):
+        lr, (b1, b2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        g = [p.grad for p in params]
+        m = [self.state[p]["exp_avg"] for p in params]
+        s = [self.state[p]["exp_avg_var"] for p in params]
+        if decay and group["decoupled"]:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        elif decay:
+            g = torch._foreach_add(g, params, alpha=decay)
+
+        torch._foreach_lerp_(m, g, 1 - b1)
+        surprise = torch._foreach_sub(g, m)
+        torch._foreach_mul_(s, b2)
+        torch._foreach_addcmul_(s, surprise, surprise, value=1 - b2)
+        torch._foreach_add_(s, eps)
+
+        step_size, root = lr / (1 - b1 ** t), math.sqrt(1 - b2 ** t)  # m' = m ..., sqrt(s') = ... / root
+        if group["rectify"]:  # RAdam: t_max and t_eff are the lengths of the averages behind s
+            t_max = 2 / (1 - b2) - 1
+            t_eff = t_max - 2 * t * b2 ** t / (1 - b2 ** t)
+            if t_eff < 5:
+                torch._foreach_add_(params, m, alpha=-step_size)
+                return
+            step_size *= math.sqrt((t_eff - 4) * (t_eff - 2) * t_max
+                                   / ((t_max - 4) * (t_max - 2) * t_eff))
+        else:
+            eps *= root  # the authors' code divides by sqrt(s) + eps when it rectifies, not by s'
+        denom = torch._foreach_sqrt(s)
+        torch._foreach_add_(denom, eps)
+        torch._foreach_addcdiv_(params, m, denom, value=-step_size * root)
