@@ -1,0 +1,488 @@
+"""Tests: everything made from scratch against somebody else's code, on real digits.
+
+    python -m pytest                # in requirements-test.txt: OpenCV, SciPy, adabelief-pytorch
+"""
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import adabelief
+import augment
+import evaluate
+import lavae
+import train
+from lavae import LAVAE
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    """(x_train, y_train, x_test, y_test), all of MNIST."""
+    return augment.load_images()
+
+
+@pytest.fixture(scope="module")
+def digits(data):
+    """500 test images."""
+    return data[2][:500]
+
+
+def settings_of(*words):
+    return train.settings_of(train.parser_of(), list(words))
+
+
+def tiny_run(data, out, *words):
+    """All three stages on 2,000 images with 8 filters, and the trained model: some seconds."""
+    settings = settings_of("--preset", "quick", "--filters", "8", "--batch-size", "32", "--lr", "5e-3",
+                           "--out", str(out), "--device", "cpu", *words)
+    train.prepare(settings.out)
+    train.run(data[0][:2000], CPU, settings)
+    return lavae.load(out)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run folder and its model, left as they are by the tests."""
+    out = tmp_path_factory.mktemp("runs") / "flip_lr+flip_ud"
+    return out, tiny_run(data, out, "--epochs", "3")
+
+
+# ---------------------------------------------------------------- adabelief.py
+
+
+def small_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+                               torch.nn.Linear(3 * 6 * 6, 5)).double()
+
+
+def steps(net, optimizer, n, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        x = torch.randn(8, 1, 8, 8, generator=generator, dtype=torch.double)
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("decay, decoupled, rectify", [
+    (0.0, True, False), (0.0, True, True), (0.1, True, False), (0.1, False, True)])
+def test_adabelief_equals_the_authors_package(decay, decoupled, rectify):
+    reference = pytest.importorskip("adabelief_pytorch").AdaBelief
+    ours, theirs = small_net(), small_net()
+    a = steps(ours, adabelief.AdaBelief(ours.parameters(), lr=1e-2, weight_decay=decay,
+                                        decoupled=decoupled, rectify=rectify), 50)
+    b = steps(theirs, reference(theirs.parameters(), lr=1e-2, eps=1e-16, weight_decay=decay,
+                                weight_decouple=decoupled, rectify=rectify, print_change_log=False), 50)
+    assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_adabelief_by_hand():
+    p = torch.tensor([1.0], dtype=torch.double, requires_grad=True)
+    optimizer = adabelief.AdaBelief([p], lr=0.1, betas=(0.5, 0.75), eps=0.01)
+    x, m, s = 1.0, 0.0, 0.0
+    for t, g in enumerate((2.0, -1.0, 0.5), start=1):
+        p.grad = torch.tensor([g], dtype=torch.double)
+        optimizer.step()
+        m = 0.5 * m + 0.5 * g
+        s = 0.75 * s + 0.25 * (g - m) ** 2 + 0.01
+        x -= 0.1 * m / (1 - 0.5 ** t) / (math.sqrt(s / (1 - 0.75 ** t)) + 0.01)
+        assert p.item() == pytest.approx(x, abs=1e-14)
+
+
+def test_adabelief_manners():
+    net = small_net()
+    first, second = [*net[0].parameters()], [*net[3].parameters()]
+    optimizer = adabelief.AdaBelief([{"params": first, "lr": 0.0}, {"params": second}], lr=1e-2)
+    before = [p.detach().clone() for p in net.parameters()]
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    x = torch.randn(4, 1, 8, 8, dtype=torch.double)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 5e-3]
+    changed = [not torch.equal(a, b) for a, b in zip(before, net.parameters())]
+    assert changed == [False, False, True, True]
+    for bad in (dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(eps=math.nan)):
+        with pytest.raises(ValueError):
+            adabelief.AdaBelief(first, **bad)
+
+
+def test_adabelief_state_goes_on_with_the_same_bits():
+    net, twin = small_net(), small_net()
+    optimizer = adabelief.AdaBelief(net.parameters())
+    steps(net, optimizer, 10)
+    twin.load_state_dict(net.state_dict())
+    other = adabelief.AdaBelief(twin.parameters(), lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(steps(net, optimizer, 5), steps(twin, other, 5))
+
+
+def test_adabelief_counts_the_steps_of_each_tensor():
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    together = adabelief.AdaBelief([a, b])
+    for t in range(3):  # b joins at the third step: it must be treated as new
+        a.grad, b.grad = torch.ones(2), torch.ones(2) if t == 2 else None
+        together.step()
+    alone = torch.ones(2, requires_grad=True)
+    alone.grad = torch.ones(2)
+    adabelief.AdaBelief([alone]).step()
+    assert torch.equal(b, alone) and not torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- augment.py
+
+
+def test_flips_and_rotations(digits):
+    for name, reference in (("flip_lr", np.fliplr), ("flip_ud", np.flipud),
+                            ("rotate_cw", lambda x: np.rot90(x, -1)), ("rotate_ccw", np.rot90)):
+        expected = np.stack([reference(x) for x in digits])
+        assert np.array_equal(augment.AUGMENTATIONS[name](digits), expected), name
+
+
+def test_canny_is_opencvs(digits):
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (4, *rng.integers(3, 40, 2)), dtype=np.uint8) for _ in range(20)]
+    blurred = [np.stack([cv2.GaussianBlur(x, (5, 5), 1.5) for x in batch]) for batch in noise]
+    for images in (digits, *noise, *blurred):
+        for low, high in ((100, 200), (0, 0), (50, 150), (200, 100)):
+            expected = 255 - np.stack([cv2.Canny(x, low, high, apertureSize=3, L2gradient=True)
+                                       for x in images])
+            assert np.array_equal(augment.canny(images, low, high), expected), (images.shape, low, high)
+
+
+def test_shear_is_an_exact_bilinear_resampling(digits):
+    t, c = math.tan(math.radians(-47.5)), 13.5
+    for image, sheared in zip(digits[:50], augment.shear_x(digits)):
+        expected = ndimage.affine_transform(image.astype(np.float64), [[1, 0], [t, 1]], [0, -t * c],
+                                            order=1, mode="grid-constant")
+        assert np.abs(expected - sheared).max() <= 0.5 + 1e-3
+
+
+def test_augmentations_have_manners(digits):
+    for name, f in augment.AUGMENTATIONS.items():
+        before = digits.copy()
+        out = f(digits)
+        assert np.array_equal(before, digits) and out.dtype == np.uint8 and out.shape == digits.shape, name
+        assert not np.array_equal(out, digits), name
+        assert not np.shares_memory(out, digits), name
+        assert f(digits[:0]).shape == (0, 28, 28), name
+        with pytest.raises(TypeError, match="uint8"):
+            f(digits.astype(np.float32))
+        with pytest.raises(ValueError, match=r"\(N, H, W\)"):
+            f(digits[0])
+
+
+def test_views_double_and_are_named_in_the_order_of_application(digits):
+    cw, lr = augment.rotate_cw, augment.flip_lr
+    views = augment.all_views(digits, ["rotate_cw", "flip_lr"])
+    assert augment.view_names(["rotate_cw", "flip_lr"]) == ["orig", "rotate_cw", "flip_lr",
+                                                            "rotate_cw+flip_lr"]
+    for view, expected in zip(views, (digits, cw(digits), lr(digits), lr(cw(digits)))):
+        assert np.array_equal(view, expected)
+    assert not np.array_equal(views[-1], cw(lr(digits)))  # here the order matters
+    assert augment.view_names("abc")[5:] == ["a+c", "b+c", "a+b+c"]
+
+
+def test_grid_puts_every_image_in_its_place(digits):
+    page = augment.grid("Title", ["a", "b", "c"], [("row", digits[:3]), None, ("long label", digits[3:6])],
+                        cell=28)
+    pixels = np.asarray(page.convert("L"))
+    left = pixels.shape[1] - 24 - 3 * 28 - 2 * 6
+    for k, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        y, x = 108 + row * (28 + 6 + 18), left + column * (28 + 6)
+        assert np.array_equal(pixels[y:y + 28, x:x + 28], digits[k]), k
+    border = np.concatenate([pixels[:20].ravel(), pixels[-20:].ravel(), pixels[:, :20].ravel()])
+    assert border.min() == 255  # no text runs out of the page
+
+
+# ---------------------------------------------------------------- lavae.py
+
+
+def test_losses_against_closed_forms():
+    generator = torch.Generator().manual_seed(0)
+    mu, logvar = torch.randn(2, 7, 16, generator=generator).double()
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    expected = torch.distributions.kl_divergence(q, prior).sum(1).mean()
+    assert lavae.kl(mu, logvar).item() == pytest.approx(expected.item(), rel=1e-12)
+    p = torch.rand(5, 28, 28, generator=generator).double()
+    x = torch.rand(5, 28, 28, generator=generator).double()
+    expected = -(x * p.log() + (1 - x) * (1 - p).log()).sum((1, 2)).mean()
+    assert lavae.bce(p.logit(), x).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_sample_has_the_posteriors_mean_and_variance():
+    mu, logvar = torch.full((200_000, 1), 3.0), torch.full((200_000, 1), math.log(0.25))
+    z = lavae.sample(mu, logvar, torch.Generator().manual_seed(0))
+    assert z.mean().item() == pytest.approx(3, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_papers_architecture():
+    model = LAVAE(transfers=[["shear_x", "canny"]])
+    count = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    conv = 64 * 16 + 64 + 128 * 64 * 16 + 128
+    assert count["encoder"] == conv + 128 * 49 * 32 + 32
+    assert count["decoder"] == 16 * 128 * 49 + 128 * 49 + 128 * 64 * 16 + 64 + 64 * 16 + 1
+    assert count["maps"] == 2 * 16 * 16
+    mu, logvar = model.encoder(torch.rand(3, 28, 28))
+    assert mu.shape == logvar.shape == (3, 16)
+    for decoder in (model.decoder, model.heads["shear_x+canny"]):
+        assert decoder(mu).shape == (3, 28, 28)
+
+
+def test_map_error_is_the_error_over_the_data():
+    generator = torch.Generator().manual_seed(0)
+    z, z_i = torch.randn(2, 1000, 16, generator=generator)
+    L = torch.randn(16, 16, generator=generator)
+    expected = (z @ L - z_i).square().mean()
+    got = lavae.map_error(L.double(), *lavae.moments(z, z_i))
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_first_map_comes_first():
+    model = LAVAE(["rotate_cw", "flip_lr"], latent_dim=2, filters=1).requires_grad_(False)
+    model.maps[0].L.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    model.maps[1].L.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    z = torch.tensor([[1.0, 2.0]])
+    quarter, mirrored = torch.tensor([[-2.0, 1.0]]), torch.tensor([[-2.0, -1.0]])
+    views = augment.views(z, model.maps)
+    assert torch.equal(views[1], quarter) and torch.equal(views[3], mirrored)
+    assert torch.equal(z @ evaluate.matrices(model)[3], mirrored)
+    assert torch.equal(evaluate.reverse(model, z), torch.tensor([[2.0, 1.0]]))
+
+
+def test_checkpoint_round_trip(run, tmp_path):
+    out, model = run
+    lavae.save(model, tmp_path / "model.pt", model.settings)
+    again = lavae.load(tmp_path / "model.pt")
+    assert again.settings == model.settings and again.augs == ["flip_lr", "flip_ud"]
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    torch.load(out / "model.pt", weights_only=True)
+
+
+# ---------------------------------------------------------------- train.py
+
+
+def maps_of(z, *targets, **weights):
+    """What stage 2 learns from z and its targets."""
+    augs = ["flip_lr", "flip_ud"][:len(targets)]
+    settings = settings_of("--augs", *augs, "--no-transfer")
+    vars(settings).update(weights)
+    model = LAVAE(augs, latent_dim=z.shape[1], filters=1)
+    train.stage2(model, [z, *targets], settings)
+    return [latent_map.L.detach() for latent_map in model.maps]
+
+
+def test_stage2_without_involution_is_least_squares(run, digits):
+    _, model = run
+    z, *targets = (model.encode(torch.from_numpy(v)) for v in augment.all_views(digits, model.augs)[:3])
+    for L, z_i in zip(maps_of(z, *targets, involution_weight=0.0), targets):
+        expected = torch.linalg.lstsq(z.double(), z_i.double(), driver="gelsd").solution.float()
+        assert torch.allclose(L, expected, atol=1e-3)
+
+
+def test_stage2_finds_a_known_rotation_and_a_known_involution():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    signs = torch.tensor([1.0, -1, 1, -1, -1, 1])
+    turn = torch.block_diag(*(torch.tensor([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+                              for a in (0.3, 1.2, 2.5)))
+    rotation, involution = basis @ turn @ basis.T, basis @ torch.diag(signs) @ basis.T
+    z = torch.randn(5000, 6, generator=generator)
+    noise = 0.2 * torch.randn(5000, 6, generator=generator)
+    L_rotation, = maps_of(z, z @ rotation, involution_weight=0.0)
+    assert torch.allclose(L_rotation, rotation, atol=1e-3)
+    plain, = maps_of(z, 0.9 * z @ involution + noise, involution_weight=0.0)
+    L, = maps_of(z, 0.9 * z @ involution + noise, involution_weight=1.0)
+    assert lavae.involution_error(L) < 1e-3 < lavae.involution_error(plain)
+    assert torch.allclose(L, involution, atol=0.05)
+
+
+def test_one_cycle_rises_and_falls():
+    shares = np.linspace(0, 1, 1001)
+    rates = np.array([train.one_cycle(t) for t in shares])
+    assert rates.argmax() == 100 and rates.max() == 1 and rates[0] == 0 and rates[-1] < 1e-6
+    assert (np.diff(rates[:101]) > 0).all() and (np.diff(rates[100:]) < 0).all()
+
+
+def test_a_short_run_learns_all_three_stages(run, digits):
+    out, model = run
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["config"]["filters"] == 8 and metrics["images_per_second"] > 0
+    assert list(metrics["history"]) == list(metrics["seconds"])[:1] + ["stage 2", "stage 3, shear_x+canny"]
+    losses = [row["loss"] for row in metrics["history"]["stage 1"]]
+    assert losses == sorted(losses, reverse=True) and len(losses) == 3
+    torch.manual_seed(0)
+    untrained = evaluate.measure(LAVAE(transfers=[["shear_x", "canny"]], filters=8), digits, CPU)
+    trained = evaluate.measure(model, digits, CPU)
+    assert trained["lavae"]["total"] < 0.4 * untrained["lavae"]["total"]
+    assert trained["transfer"]["shear_x+canny"]["total"] < 0.7 * untrained["transfer"]["shear_x+canny"]["total"]
+    assert max(trained["lavae"]["involution"]) < 1e-3
+    # An augmented view comes from the original: without its map it would come out much worse.
+    names, images = augment.view_names(model.augs), augment.all_views(digits, model.augs)
+    z = model.encode(torch.from_numpy(digits))
+    for name, view in list(zip(names, images))[1:]:
+        assert trained["lavae"][name] < 0.8 * evaluate.nats(model.decoder, z, torch.from_numpy(view))
+
+
+def test_same_seed_same_bits(data, tmp_path):
+    a = tiny_run(data, tmp_path / "a", "--seed", "3").state_dict()
+    torch.rand(17)  # whatever else was drawn
+    b = tiny_run(data, tmp_path / "b", "--seed", "3", "--transfer", "shear_x", "canny").state_dict()
+    c = tiny_run(data, tmp_path / "c", "--seed", "4", "--no-transfer").state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["encoder.conv1.weight"], c["encoder.conv1.weight"])
+
+
+def test_one_augmentation_and_three(data, digits, tmp_path):
+    for augs in (["rotate_cw"], ["flip_lr", "rotate_cw", "shear_x"]):
+        model = tiny_run(data, tmp_path, "--augs", *augs, "--transfer", *augs[::-1])
+        result = evaluate.measure(model, digits, CPU)
+        assert [*result["lavae"]["direct"]] == augment.view_names(augs)
+        assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total"]
+
+
+def test_presets_fill_in_and_options_win():
+    assert settings_of().filters == 32 and settings_of("--preset", "paper").filters == 64
+    paper = settings_of("--preset", "paper", "--epochs", "7")
+    assert (paper.epochs, paper.transfer_epochs, paper.batch_size) == (7, 100, 64)
+    assert settings_of().transfer == [["shear_x", "canny"]] and settings_of().out == Path(
+        "runs/flip_lr+flip_ud")
+    assert settings_of("--no-transfer").transfer == []
+    assert settings_of("--augs", "canny").transfer == []
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+
+def test_measure_agrees_with_the_formulas(run, digits):
+    _, model = run
+    result = evaluate.measure(model, digits, CPU)["lavae"]
+    x, _, ud, both = (torch.from_numpy(v) / 255 for v in augment.all_views(digits, model.augs))
+    L1, L2 = (latent_map.L for latent_map in model.maps)
+
+    def nats(z, view):
+        p = model.decoder(z).sigmoid().double().clamp(1e-12, 1 - 1e-12)
+        return -(view * p.log() + (1 - view) * (1 - p).log()).sum((1, 2)).mean().item()
+
+    z = model.encoder(x)[0]
+    for key, expected in (("orig", nats(z, x)), ("flip_ud", nats(z @ L2, ud)),
+                          ("flip_lr+flip_ud", nats(z @ L1 @ L2, both)), ("reverse", nats(z @ L2 @ L1, both))):
+        assert result[key] == pytest.approx(expected, rel=1e-4), key
+    assert result["direct"]["flip_ud"] == pytest.approx(nats(model.encoder(ud)[0], ud), rel=1e-4)
+    undone = model.encoder(both)[0] @ torch.linalg.inv(L1 @ L2)
+    assert result["inverse"]["flip_lr+flip_ud"] == pytest.approx(nats(undone, x), rel=1e-3)
+    assert result["total"] == pytest.approx(sum(result[k] for k in augment.view_names(model.augs)))
+
+
+def test_evaluate_writes_the_table_and_the_figures(run, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path / "run")
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "297.10" in text and "564.09" in text and "reverse composition" in text
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert f"{result['lavae']['total']:.2f}" in text
+    assert [*result["lavae"]] == ["orig", "flip_lr", "flip_ud", "flip_lr+flip_ud", "total", "reverse",
+                                  "direct", "inverse", "involution"]
+    for name, rows in (("fig3_views", 9), ("fig4_inverses", 8), ("fig6_shear_x+canny", 8)):
+        with Image.open(tmp_path / "run" / f"{name}.png") as page:
+            width, height = page.size
+            assert rows * 84 < height < rows * 84 + 300 and 10 * 84 < width < 1600, name
+            assert len(page.convert("L").getcolors()) > 50, name
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(main, argv, capsys, *words):
+    """main ends with status 2 and one line on stderr that holds the words."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--augs", "flip_lr", "flop"], ["flop", "flip_ud", "canny"]),
+    (["--transfer", "shear_x"], ["shear_x", "2 augmentations"]),
+    (["--transfer", "shear_x", "nope"], ["nope", "canny"]),
+    (["--augs", "flip_lr", "flip_lr"], ["once"]),
+    (["--transfer", "canny", "shear_x", "--no-transfer"], ["leave one out"]),
+    (["--epochs", "-1"], ["--epochs", "1 or more"]),
+    (["--epochs", "many"], ["--epochs", "1 or more"]),
+    (["--lr", "nan"], ["--lr", "above 0"]),
+    (["--kl-weight", "-2"], ["--kl-weight", "0 or more"]),
+    (["--preset", "huge"], ["quick", "laptop", "paper"]),
+    (["--device", "tpu"], ["cpu", "cuda"]),
+    (["--data-dir", "nowhere"], ["mnist.npz is missing", "git checkout"]),
+])
+def test_train_refuses(argv, words, capsys, tmp_path):
+    refused(train.main, [*argv, "--out", tmp_path / "out"], capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_a_device_that_is_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(train.main, ["--device", "cuda", "--out", tmp_path / "out"], capsys, "'cuda'", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_an_out_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(train.main, ["--out", tmp_path / "file" / "run"], capsys, "cannot write", "--out")
+    refused(train.main, ["--out", tmp_path / "file"], capsys, "cannot write", "--out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_damaged_data_is_named(capsys, tmp_path):
+    content = bytearray((HERE / "data" / "mnist.npz").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "mnist.npz").write_bytes(content)
+    refused(train.main, ["--data-dir", tmp_path, "--out", tmp_path / "out"], capsys, "damaged", "git checkout")
+
+
+def test_evaluate_refuses(capsys, tmp_path, monkeypatch, run):
+    refused(evaluate.main, [tmp_path / "none"], capsys, "no", "train.py")
+    (tmp_path / "empty").mkdir()
+    refused(evaluate.main, [tmp_path / "empty"], capsys, "model.pt", "train.py")
+    for i, content in enumerate((b"", b"garbage", (run[0] / "model.pt").read_bytes()[:5000])):
+        (tmp_path / "empty" / "model.pt").write_bytes(content)
+        refused(evaluate.main, [tmp_path / "empty"], capsys, "no LAVAE checkpoint")
+    for other in ([1, 2], {"kind": "x"}, {"weight": torch.ones(3)}, torch.nn.Linear(2, 2)):
+        torch.save(other, tmp_path / "empty" / "model.pt")
+        refused(evaluate.main, [tmp_path / "empty"], capsys, "no LAVAE checkpoint")
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["model.pt"]
+    monkeypatch.chdir(tmp_path)
+    refused(evaluate.main, [], capsys, "no run", "train.py")
+
+
+def test_an_error_from_the_shell_is_one_line(tmp_path):
+    end = subprocess.run([sys.executable, HERE / "train.py", "--augs", "flop"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert end.returncode == 2 and end.stderr.count("\n") == 1 and "Traceback" not in end.stderr
+    assert [*tmp_path.iterdir()] == []
