@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 
 class AdaBelief(Optimizer):
-    """AdaBelief on `torch._foreach_*`: one call for each line above, whatever the number of tensors.
+    """AdaBelief on `torch._foreach_*`: one call for each operation, whatever the number of tensors.
 
     Args:
         params: tensors, or dicts that define parameter groups.
@@ -37,7 +37,7 @@ class AdaBelief(Optimizer):
                  eps: float = 1e-16, weight_decay: float = 0.0, decoupled: bool = True,
                  rectify: bool = False):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
-            raise ValueError(f"lr, eps and weight_decay must be 0 or more: {lr}, {eps}, {weight_decay}")
+            raise ValueError(f"lr, eps, weight_decay must not be negative: {lr, eps, weight_decay}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1): {betas}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -57,7 +57,7 @@ class AdaBelief(Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_var=torch.zeros_like(p))
+                    state.update(step=0, m=torch.zeros_like(p), s=torch.zeros_like(p))
                 state["step"] += 1
                 same_age.setdefault(state["step"], []).append(p)
             for t, params in same_age.items():
@@ -67,8 +67,8 @@ class AdaBelief(Optimizer):
     def _update(self, group, t, params):
         lr, (b1, b2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         g = [p.grad for p in params]
-        m = [self.state[p]["exp_avg"] for p in params]
-        s = [self.state[p]["exp_avg_var"] for p in params]
+        m = [self.state[p]["m"] for p in params]
+        s = [self.state[p]["s"] for p in params]
         if decay and group["decoupled"]:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
@@ -80,7 +80,8 @@ class AdaBelief(Optimizer):
         torch._foreach_addcmul_(s, surprise, surprise, value=1 - b2)
         torch._foreach_add_(s, eps)
 
-        step_size, root = lr / (1 - b1 ** t), math.sqrt(1 - b2 ** t)  # m' = m ..., sqrt(s') = ... / root
+        # The corrections for the zero start are mere numbers: they go into the step.
+        step_size, root = lr / (1 - b1 ** t), math.sqrt(1 - b2 ** t)
         if group["rectify"]:  # RAdam: t_max and t_eff are the lengths of the averages behind s
             t_max = 2 / (1 - b2) - 1
             t_eff = t_max - 2 * t * b2 ** t / (1 - b2 ** t)

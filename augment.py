@@ -1,4 +1,4 @@
-"""Image augmentations in numpy, the doubling that composes them, the data and the grids to see them.
+"""Image augmentations in numpy, the doubling that composes them, the data and grids to see them.
 
 An augmentation takes images, uint8 (N, H, W), and gives new ones of the same shape. Each is a fixed
 function of the image: that is what lets a linear map of the latent space learn to copy it.
@@ -31,7 +31,7 @@ def views(x, maps: Sequence[Callable]) -> list:
 
 
 def view_names(augs: Sequence[str]) -> list[str]:
-    """The names of the views: orig, flip_lr, flip_ud, flip_lr+flip_ud (the left one comes first)."""
+    """The names of the views: orig, flip_lr, flip_ud, flip_lr+flip_ud (the left one goes first)."""
     chains = views((), [lambda chain, a=a: (*chain, a) for a in augs])
     return ["+".join(chain) or "orig" for chain in chains]
 
@@ -151,7 +151,7 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
 
 def _checked(images):
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8):
-        raise TypeError(f"expected a numpy array of uint8, got {getattr(images, 'dtype', type(images))}")
+        raise TypeError(f"expected a uint8 array, got {getattr(images, 'dtype', type(images))}")
     if images.ndim != 3:
         raise ValueError(f"expected images of shape (N, H, W), got {images.shape}")
     return images
@@ -173,11 +173,11 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
         OSError: a file is missing, damaged or cannot be downloaded; the message says what to do.
     """
     if dataset == "mnist":
-        path = Path(data_dir) / "mnist.npz"
+        path, cure = Path(data_dir) / "mnist.npz", "restore it: git checkout -- data/mnist.npz"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: get it back with `git checkout -- data/mnist.npz`")
+            raise FileNotFoundError(f"{path} is missing: {cure}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != MNIST_SHA256:
-            raise OSError(f"{path} is damaged: get it back with `git checkout -- data/mnist.npz`")
+            raise OSError(f"{path} is damaged: {cure}")
         with np.load(path) as file:
             return tuple(file[key] for key in ("x_train", "y_train", "x_test", "y_test"))
     from torchvision import datasets  # here, because it takes seconds to import
@@ -186,8 +186,8 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
         parts = [getattr(datasets, DATASETS[dataset])(data_dir, train=train, download=True)
                  for train in (True, False)]
     except (OSError, RuntimeError) as error:  # torchvision's words for no network and a bad archive
-        raise OSError(f"{dataset} cannot be downloaded to {data_dir}: check the network, remove what "
-                      f"is left there, and try again ({error})".replace("\n", " ")) from error
+        raise OSError(f"cannot download {dataset} to {data_dir}: check the network, remove what is "
+                      f"left there, try again ({error})".replace("\n", " ")) from error
     return tuple(a for p in parts for a in (p.data.numpy(), p.targets.numpy().astype(np.uint8)))
 
 
@@ -201,7 +201,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     rows: (label, images) with one image for each column, uint8 (len(columns), H, W); None leaves a
     gap. cell: the side of an image, in pixels.
     """
-    gap, margin, label_font, title_font = 6, 24, ImageFont.load_default(24), ImageFont.load_default(32)
+    gap, margin = 6, 24
+    label_font, title_font = ImageFont.load_default(24), ImageFont.load_default(32)
     labels = [row[0] for row in rows if row]
     left = margin + max(math.ceil(label_font.getlength(label)) for label in labels) + 16
     width = left + len(columns) * (cell + gap) - gap + margin
@@ -212,7 +213,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), title, "black", title_font)
     for i, column in enumerate(columns):
-        draw.text((left + i * (cell + gap) + cell // 2, top - 10), column, "black", label_font, "ms")
+        x = left + i * (cell + gap) + cell // 2
+        draw.text((x, top - 10), column, "black", label_font, "ms")
     y = top
     for row in rows:
         if row:

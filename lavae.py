@@ -114,7 +114,7 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The posterior means of uint8 images (N, 28, 28), (N, latent_dim): the z of stages 2, 3."""
+        """uint8 images (N, 28, 28) to posterior means (N, latent_dim): the z of stages 2 and 3."""
         return torch.cat([self.encoder(pixels(block))[0] for block in images.split(1000)])
 
 
@@ -124,7 +124,7 @@ HEAD_HIDDEN = 256  # units between z and a transfer head's first layer
 
 
 def bce(logits: Tensor, x: Tensor) -> Tensor:
-    """Reconstruction loss in nats an image: binary cross-entropy, summed over pixels, mean of images.
+    """Reconstruction loss, nats an image: binary cross-entropy summed over pixels, mean of images.
 
     logits and x (B, 28, 28), x in [0, 1]. Stages 1 and 3 minimise it; the tables report it.
     """
@@ -137,7 +137,7 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All that stage 2 needs of the data: G = E[z^T z], C_i = E[z^T z_i], both (d, d), and E|z_i|^2.
+    """All that stage 2 needs: G = E[z^T z] and C_i = E[z^T z_i], both (d, d), and E|z_i|^2.
 
     z = E(x) and z_i = E(A_i x), (N, d) each; the result is float64 on the CPU.
     """
@@ -192,12 +192,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE:
         model.settings = checkpoint["settings"]
     except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OSError, RuntimeError,
             TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no LAVAE checkpoint: train one with `python train.py`") from error
+        raise ValueError(f"{path} is no LAVAE checkpoint: make one with train.py") from error
     return model.requires_grad_(False).eval().to(device)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. ValueError: not there."""
+    """The device called `name`; "auto" takes CUDA, MPS or the CPU. Raises ValueError: not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":

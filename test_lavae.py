@@ -3,12 +3,14 @@
     python -m pytest                # in requirements-test.txt: OpenCV, SciPy, adabelief-pytorch
 """
 
+import contextlib
 import copy
 import json
 import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -432,6 +434,8 @@ def refused(main, argv, capsys, *words):
     (["--transfer", "shear_x"], ["shear_x", "2 augmentations"]),
     (["--transfer", "shear_x", "nope"], ["nope", "canny"]),
     (["--augs", "flip_lr", "flip_lr"], ["once"]),
+    (["--transfer", "canny", "canny"], ["once"]),
+    (["--transfer", "canny", "shear_x", "--transfer", "canny", "shear_x"], ["once"]),
     (["--transfer", "canny", "shear_x", "--no-transfer"], ["leave one out"]),
     (["--epochs", "-1"], ["--epochs", "1 or more"]),
     (["--epochs", "many"], ["--epochs", "1 or more"]),
@@ -486,3 +490,49 @@ def test_an_error_from_the_shell_is_one_line(tmp_path):
                          capture_output=True, text=True)
     assert end.returncode == 2 and end.stderr.count("\n") == 1 and "Traceback" not in end.stderr
     assert [*tmp_path.iterdir()] == []
+
+
+# ---------------------------------------------------------------- benchmark: python test_lavae.py
+
+
+def in_turn(rounds=7, **jobs):
+    """Run the jobs in turn; print the median seconds of each and their ratio to the first one's."""
+    seconds = {name: [] for name in jobs}
+    for _ in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(None):
+                job()
+            seconds[name].append(time.perf_counter() - start)
+    first = np.array(next(iter(seconds.values()))[1:])  # the first round warms up
+    for name, times in seconds.items():
+        print(f"  {name:24} {np.median(times[1:]):8.3f} s   {np.median(first / times[1:]):6.2f}")
+
+
+def benchmark():
+    """Print the speeds that README states, each beside the one to compare it with."""
+    images = torch.from_numpy(np.stack(augment.all_views(augment.load_images()[0][:8192],
+                                                         ["flip_lr", "flip_ud"])))
+    settings = settings_of("--epochs", "1")
+    model, same = LAVAE(filters=settings.filters), LAVAE(filters=settings.filters)
+    for one in (model, same):
+        train.tune_for_cpu(one)
+    batches = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * 8192)]).split(settings.batch_size)
+    adam = torch.optim.Adam([*same.encoder.parameters(), *same.decoder.parameters()], lr=1e-3, fused=True)
+
+    def bare_loop():
+        for x in batches:
+            mu, logvar = same.encoder(x)
+            z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
+            loss = lavae.bce(same.decoder(z), x) + lavae.kl(mu, logvar)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+
+    print(f"stage 1, {4 * 8192:,} images in batches of {settings.batch_size}: median, speed-up")
+    in_turn(**{"bare loop, Adam(fused)": bare_loop,
+               "train.stage1": lambda: train.stage1(model, images, settings)})
+
+
+if __name__ == "__main__":
+    benchmark()
