@@ -5,8 +5,12 @@ function of the image: that is what lets a linear map of the latent space learn 
 
     flipped = AUGMENTATIONS["flip_lr"](images)
     x, a1, a2, a2_a1 = views(images, [flip_lr, flip_ud])
+
+    python augment.py                          # writes augmentations.png: each on ten digits
+    python augment.py --augs shear_x canny     # the same, with another composition last
 """
 
+import argparse
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -79,69 +83,140 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     return out
 
 
+def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Smooth with a Gaussian of `sigma` pixels cut off at 7x7, borders mirrored. No inverse in uint8.
+
+    (The authors draw sigma from 0.1 to 2 for every image.)
+    """
+    weights = np.exp(-0.5 * (np.arange(-3, 4) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+
+    def blur(block):
+        height, width = block.shape[1:]
+        p = np.pad(block, ((0, 0), (3, 3), (3, 3)), "reflect").astype(np.float32)
+        p = sum(w * p[:, i:i + height] for i, w in enumerate(weights))
+        return np.rint(sum(w * p[:, :, i:i + width] for i, w in enumerate(weights))).astype(np.uint8)
+
+    return _in_blocks(blur, images)
+
+
+def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    """The Laplacian, kernel 0 1 0 / 1 -4 1 / 0 1 0, blended with the image: (1 - alpha) x + alpha Lx.
+
+    Borders mirrored, cut to 0..255. No inverse. (The authors draw alpha from 0 to 1.)
+    """
+    def blend(block):
+        p = np.pad(block, ((0, 0), (1, 1), (1, 1)), "reflect").astype(np.int16)
+        centre = p[:, 1:-1, 1:-1]
+        laplacian = (p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:]
+                     - 4 * centre)
+        return np.rint((1 - alpha) * centre + alpha * laplacian).clip(0, 255).astype(np.uint8)
+
+    return _in_blocks(blend, images)
+
+
+def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
+    """The image with itself, shrunk to size x size, in the top left corner.
+
+    Each small pixel is a mean of the large ones under a triangle twice its width (antialiased
+    bilinear). Undone by clearing the corner, where that was empty; not an involution.
+    """
+    def shrink(n):  # (min(size, n), n), each row the weights of one small pixel
+        scale = n / min(size, n)
+        centres = (np.arange(min(size, n))[:, None] + 0.5) * scale
+        weights = np.maximum(0, 1 - np.abs(np.arange(n) + 0.5 - centres) / scale)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+    out = _checked(images).copy()
+    rows, columns = (shrink(n) for n in images.shape[1:])
+    out[:, :size, :size] = np.rint(rows @ images.astype(np.float32) @ columns.T)
+    return out
+
+
+def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Gaussian noise, mean 128, sd 32, in the top left corner: a quarter of each side. No inverse.
+
+    It takes the pixels' place, other noise for each image. The same images and seed give the same.
+    """
+    out = _checked(images).copy()
+    n, height, width = images.shape
+    out[:, :height // 4, :width // 4] = _noise(seed, 32, (n, height // 4, width // 4))
+    return out
+
+
+def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Gaussian noise, mean 128, sd 16, in the place of a fifth of the pixels. No inverse.
+
+    Other pixels for each image. The same images and seed give the same.
+    """
+    out = _checked(images).copy()
+    chosen = np.random.default_rng((seed, 1)).random(images.shape, np.float32) < 0.2
+    out[chosen] = _noise(seed, 16, chosen.sum())
+    return out
+
+
+def _noise(seed, sd, shape):
+    noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return (noise * np.float32(sd) + 128).clip(0, 255).astype(np.uint8)
+
+
 def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
     """Canny's edges, black (0) on white (255): every pixel as cv2.Canny(L2gradient=True) has it.
 
-    1. Gradient by Sobel, 3x3, borders repeated. 2. Keep a pixel whose squared length is the largest
-    of three along the gradient's direction (four directions). 3. Edges are the kept pixels over
-    `high`, and those over `low` that touch an edge. Shape only, no grey levels: no inverse.
+    1. Gradient: Sobel, 3x3, borders repeated. 2. Thin: keep a pixel where the gradient is the longest
+    of three along its direction, of four. 3. Follow: edges are the kept pixels over `high`, and
+    those over `low` that touch an edge. No inverse. Raises ValueError under 3x3 pixels.
+
+    (The authors draw the thresholds near the defaults for every image.)
     """
-    images = _checked(images)
-    if images.size == 0 or min(images.shape[1:]) < 3:
-        if images.size:
-            raise ValueError(f"canny needs images of 3x3 pixels or more, got {images.shape}")
-        return images.copy()
-    per_chunk = max(1, 2_000_000 // images[0].size)  # keeps the work in the processor's caches
-    chunks = [images[i:i + per_chunk] for i in range(0, len(images), per_chunk)]
-    return np.concatenate([_canny(chunk, *sorted((low, high))) for chunk in chunks])
+    if min(_checked(images).shape[1:]) < 3:
+        raise ValueError(f"expected images of 3x3 pixels or more, got {images.shape}")
+    low, high = (math.floor(min(t, 32767) ** 2) if t > 0 else 0 for t in sorted((low, high)))
+    return _in_blocks(lambda block: _canny(block, low, high), images)
 
 
-def _canny(images, low, high):
-    low, high = (math.floor(min(t, 32767) ** 2) if t > 0 else math.floor(t) for t in (low, high))
-    n, height, width = images.shape
+def _canny(images, low, high):  # the thresholds squared, as the gradients are
+    height, width = images.shape[1:]
     p = np.pad(images, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.int16)
     smooth_y = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     smooth_x = p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]
-    # Everything below is on images with a border of zeros, flattened: a neighbour is an offset.
-    gx, gy = np.zeros((2, *p.shape), np.int32)
-    gx[:, 1:-1, 1:-1] = smooth_y[:, :, 2:] - smooth_y[:, :, :-2]
-    gy[:, 1:-1, 1:-1] = smooth_x[:, 2:] - smooth_x[:, :-2]
-    magnitude = (gx * gx + gy * gy).ravel()
-    inside = np.zeros(p.shape, bool)
-    inside[:, 1:-1, 1:-1] = True
-    down, right = width + 2, 1
+    # From here on images have a border of zeros and lie flat: a neighbour is an offset, no more.
+    gx, gy = np.zeros((2, *p.shape), np.int16)
+    np.subtract(smooth_y[:, :, 2:], smooth_y[:, :, :-2], out=gx[:, 1:-1, 1:-1])
+    np.subtract(smooth_x[:, 2:], smooth_x[:, :-2], out=gy[:, 1:-1, 1:-1])
+    gx, gy, right, down = gx.ravel(), gy.ravel(), 1, width + 2
+    magnitude = np.multiply(gx, gx, dtype=np.int32)
+    magnitude += np.multiply(gy, gy, dtype=np.int32)
 
-    # Thin: the direction is that of the gradient, rounded to a multiple of 45 degrees by comparing
-    # |gy| with tan(22.5) |gx| and tan(67.5) |gx|, in OpenCV's fixed point (15 bits).
-    at = np.flatnonzero((magnitude > low) & inside.ravel())
-    x, y, m = gx.ravel()[at], gy.ravel()[at], magnitude[at]
-    tan22 = np.abs(x) * 13573
-    tan67 = tan22 + (np.abs(x) << 16)
-    y15 = np.abs(y) << 15
-    horizontal, vertical = y15 < tan22, y15 > tan67
-    diagonal = np.where((x ^ y) < 0, right - down, right + down)
-    step = np.where(horizontal, right, np.where(vertical, down, diagonal))
+    # Thin. The direction is the gradient's, rounded to 45 degrees by comparing |gy| with
+    # tan(22.5) |gx| and tan(67.5) |gx| = (tan(22.5) + 2) |gx|, OpenCV's way: 15 bits for tan(22.5).
+    at = np.flatnonzero(magnitude > low)
+    x, y, m = gx[at].astype(np.int32), gy[at].astype(np.int32), magnitude[at]
+    ax, ay = np.abs(x), np.abs(y) << 15
+    horizontal, vertical = ay < 13573 * ax, ay > (13573 + (2 << 15)) * ax
+    step = np.where((x ^ y) < 0, right - down, right + down)
+    step[horizontal], step[vertical] = right, down
     before, after = magnitude[at - step], magnitude[at + step]
-    # Ties: an edge two pixels wide keeps its first pixel (horizontal, vertical) or neither.
-    ridge = (m > before) & np.where(horizontal | vertical, m >= after, m > after)
-    at, m = at[ridge], m[ridge]
+    # Of two equal neighbours the first is kept; on a diagonal, neither.
+    longest = (m > before) & np.where(horizontal | vertical, m >= after, m > after)
+    at, m = at[longest], m[longest]
 
-    # Follow: from the strong pixels to all weak ones that they reach through neighbours.
+    # Follow: go from the edges found last to the weak pixels around them until there are none.
     weak = np.zeros(magnitude.shape, bool)
     weak[at] = True
-    edges = np.full(p.shape, 255, np.uint8)
-    neighbours = np.array([dy * down + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
+    edges = np.full(magnitude.shape, 255, np.uint8)
+    around = np.array([-down - 1, -down, -down + 1, -1, 1, down - 1, down, down + 1])
     front = at[m > high]
     while front.size:
-        weak[front] = False
-        edges.ravel()[front] = 0
-        front = (front[:, None] + neighbours).ravel()
+        weak[front], edges[front] = False, 0
+        front = (front[:, None] + around).ravel()
         front = np.unique(front[weak[front]])
-    return edges[:, 1:-1, 1:-1]
+    return edges.reshape(p.shape)[:, 1:-1, 1:-1]
 
 
 AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f for f in (
-    flip_lr, flip_ud, rotate_cw, rotate_ccw, shear_x, canny)}
+    flip_lr, flip_ud, rotate_cw, rotate_ccw, gaussian_blur, edge_detect, shear_x, canny, mini_image,
+    tl_sap_noise, sap_noise)}
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
@@ -155,6 +230,14 @@ def _checked(images):
     if images.ndim != 3:
         raise ValueError(f"expected images of shape (N, H, W), got {images.shape}")
     return images
+
+
+def _in_blocks(f, images, pixels=400_000):  # so few that the work stays in the processor's caches
+    n = max(1, pixels // max(1, math.prod(_checked(images).shape[1:])))
+    out = np.empty_like(images)
+    for i in range(0, len(images), n):
+        out[i:i + n] = f(images[i:i + n])
+    return out
 
 
 # ---------------------------------------------------------------- data
@@ -221,6 +304,42 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
             draw.text((left - 16, y + cell // 2), row[0], "black", label_font, "rm")
             for i, image in enumerate(row[1]):
                 tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
-                page.paste(tile, (left + i * (cell + gap), y))
+                x = left + i * (cell + gap)
+                draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="silver")
+                page.paste(tile, (x, y))
         y += cell + gap if row else 3 * gap
     return page
+
+
+def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The second image of each class, in order (the first 5 of MNIST's test set reads as an S)."""
+    return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a picture of all augmentations, the composition of the named ones last."""
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
+                        default=["flip_lr", "flip_ud"], help="to compose, the left one first, of\n"
+                        + ", ".join(AUGMENTATIONS) + "\n(default flip_lr flip_ud)")
+    parser.add_argument("--out", type=Path, default=Path("augmentations.png"), metavar="FILE",
+                        help="(default augmentations.png)")
+    options = parser.parse_args(argv)
+    try:
+        _, _, x_test, y_test = load_images()
+    except OSError as error:
+        parser.error(str(error))
+    digits = one_of_each(x_test, y_test)
+    rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()), None,
+            ("+".join(options.augs), all_views(digits, options.augs)[-1])]
+    page = grid("Augmentations", [str(label) for label in np.unique(y_test)], rows, cell=64)
+    try:
+        page.save(options.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot write {options.out} ({error}): choose another --out")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

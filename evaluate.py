@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lavae
-from augment import DATA_DIR, all_views, grid, load_images, view_names, views
+from augment import (DATA_DIR, all_views, grid, load_images, one_of_each, view_names,
+                     views)
 from lavae import LAVAE, bce, involution_error, pixels
 
 PAPER_TABLE = {"flip_lr+flip_ud": [68.34, 75.89, 71.30, 81.57]}  # Table I, LAVAE
@@ -137,11 +138,6 @@ def report(model: LAVAE, result: dict) -> None:
 def draw(decoder: nn.Module, z: Tensor) -> np.ndarray:
     """Latents (N, latent_dim) to pictures, uint8 (N, 28, 28)."""
     return (decoder(z).sigmoid() * 255).round().byte().cpu().numpy()
-
-
-def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The second image of each class, in order (the first 5 of MNIST's test set reads as an S)."""
-    return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
 
 
 def figures(model: LAVAE, digits: np.ndarray, columns: Sequence[str],

@@ -1,6 +1,8 @@
 """Tests: everything made from scratch against somebody else's code, on real digits.
 
-    python -m pytest                # in requirements-test.txt: OpenCV, SciPy, adabelief-pytorch
+    python -m pytest                # against OpenCV, SciPy, adabelief-pytorch, torchvision, Pillow
+    python -m pytest -m slow        # the same at length: all of MNIST, thousands of odd images
+    python test_lavae.py            # no test: how fast things are, beside what they stand in for
 """
 
 import contextlib
@@ -11,14 +13,17 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import adabelief_pytorch
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from torchvision.transforms import functional as F
 
 import adabelief
 import augment
@@ -27,8 +32,19 @@ import lavae
 import train
 from lavae import LAVAE
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that no file registers the mark
+    slow = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def only_when_asked(request):
+    """Slow tests run with -m slow and not otherwise."""
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("slow: run with -m slow")
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +98,16 @@ def steps(net, optimizer, n, seed=1):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-@pytest.mark.parametrize("decay, decoupled, rectify", [
-    (0.0, True, False), (0.0, True, True), (0.1, True, False), (0.1, False, True)])
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("decay, decoupled", [(0.0, True), (0.1, True), (0.1, False)])
 def test_adabelief_equals_the_authors_package(decay, decoupled, rectify):
-    reference = pytest.importorskip("adabelief_pytorch").AdaBelief
     ours, theirs = small_net(), small_net()
     a = steps(ours, adabelief.AdaBelief(ours.parameters(), lr=1e-2, weight_decay=decay,
-                                        decoupled=decoupled, rectify=rectify), 50)
-    b = steps(theirs, reference(theirs.parameters(), lr=1e-2, eps=1e-16, weight_decay=decay,
-                                weight_decouple=decoupled, rectify=rectify, print_change_log=False), 50)
-    assert torch.allclose(a, b, rtol=0, atol=1e-10)
+                                        decoupled=decoupled, rectify=rectify), 200)
+    b = steps(theirs, adabelief_pytorch.AdaBelief(
+        theirs.parameters(), lr=1e-2, eps=1e-16, weight_decay=decay, weight_decouple=decoupled,
+        rectify=rectify, print_change_log=False), 200)
+    assert (a - b).abs().max() < 1e-12
 
 
 def test_adabelief_by_hand():
@@ -134,7 +150,7 @@ def test_adabelief_manners():
 def test_adabelief_state_goes_on_with_the_same_bits():
     net, twin = small_net(), small_net()
     optimizer = adabelief.AdaBelief(net.parameters())
-    steps(net, optimizer, 10)
+    steps(net, optimizer, 100)
     twin.load_state_dict(net.state_dict())
     other = adabelief.AdaBelief(twin.parameters(), lr=1.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -157,29 +173,99 @@ def test_adabelief_counts_the_steps_of_each_tensor():
 
 
 def test_flips_and_rotations(digits):
+    f = augment.AUGMENTATIONS
     for name, reference in (("flip_lr", np.fliplr), ("flip_ud", np.flipud),
                             ("rotate_cw", lambda x: np.rot90(x, -1)), ("rotate_ccw", np.rot90)):
-        expected = np.stack([reference(x) for x in digits])
-        assert np.array_equal(augment.AUGMENTATIONS[name](digits), expected), name
+        assert np.array_equal(f[name](digits), np.stack([reference(x) for x in digits])), name
+        order, x = 2 if "flip" in name else 4, digits
+        for k in range(1, order + 1):
+            x = f[name](x)
+            assert np.array_equal(x, digits) == (k == order), (name, k)
+    half_turn = f["rotate_cw"](f["rotate_cw"](digits))
+    assert np.array_equal(f["flip_lr"](f["flip_ud"](digits)), half_turn)
+    assert np.array_equal(f["rotate_ccw"](f["rotate_cw"](digits)), digits)
+    assert f["rotate_cw"](digits[:, :9]).shape == (len(digits), 28, 9)
+
+
+def odd_images(n, seed=0):
+    """n arrays of uint8 images of all kinds, 3x3 to 64x64: what canny must not stumble over."""
+    rng = np.random.default_rng(seed)
+    for k in range(n):
+        height, width = rng.integers(3, 65, 2)
+        noise = rng.integers(0, 256, (height, width), dtype=np.uint8)
+        ramp = np.add.outer(np.arange(height) * rng.integers(0, 9), np.arange(width) * rng.integers(0, 9))
+        point = np.zeros_like(noise)
+        point[rng.integers(height), rng.integers(width)] = 255
+        yield (noise, cv2.GaussianBlur(noise, (5, 5), 1.5), (ramp % 256).astype(np.uint8),
+               np.full_like(noise, rng.integers(256)), point)[k % 5][None]
+
+
+def assert_canny_is_opencvs(images, thresholds=((100, 200), (0, 0), (50, 150), (200, 100))):
+    for low, high in thresholds:
+        expected = np.stack([cv2.Canny(x, low, high, apertureSize=3, L2gradient=True) for x in images])
+        assert np.array_equal(augment.canny(images, low, high), 255 - expected), (images.shape, low)
 
 
 def test_canny_is_opencvs(digits):
-    rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 256, (4, *rng.integers(3, 40, 2)), dtype=np.uint8) for _ in range(20)]
-    blurred = [np.stack([cv2.GaussianBlur(x, (5, 5), 1.5) for x in batch]) for batch in noise]
-    for images in (digits, *noise, *blurred):
-        for low, high in ((100, 200), (0, 0), (50, 150), (200, 100)):
-            expected = 255 - np.stack([cv2.Canny(x, low, high, apertureSize=3, L2gradient=True)
-                                       for x in images])
-            assert np.array_equal(augment.canny(images, low, high), expected), (images.shape, low, high)
+    for images in (digits, *odd_images(100)):
+        assert_canny_is_opencvs(images)
+
+
+@slow
+def test_canny_is_opencvs_everywhere(data):
+    assert_canny_is_opencvs(np.concatenate([data[0], data[2]]))
+    for images in odd_images(2000):
+        assert_canny_is_opencvs(images)
 
 
 def test_shear_is_an_exact_bilinear_resampling(digits):
-    t, c = math.tan(math.radians(-47.5)), 13.5
-    for image, sheared in zip(digits[:50], augment.shear_x(digits)):
-        expected = ndimage.affine_transform(image.astype(np.float64), [[1, 0], [t, 1]], [0, -t * c],
-                                            order=1, mode="grid-constant")
-        assert np.abs(expected - sheared).max() <= 0.5 + 1e-3
+    other = np.random.default_rng(0).integers(0, 256, (20, 11, 30), dtype=np.uint8)
+    for images, degrees in ((digits[:50], -47.5), (digits[:50], 20.0), (other, -47.5)):
+        t, c = math.tan(math.radians(degrees)), (images.shape[1] - 1) / 2
+        for image, sheared in zip(images, augment.shear_x(images, degrees)):
+            expected = ndimage.affine_transform(image.astype(np.float64), [[1, 0], [t, 1]], [0, -t * c],
+                                                order=1, mode="grid-constant")
+            assert np.abs(expected - sheared).max() <= 0.501
+    expected = F.affine(torch.from_numpy(digits).double(), 0, [0, 0], 1, [-47.5, 0],
+                        F.InterpolationMode.BILINEAR)
+    assert np.abs(expected.numpy() - augment.shear_x(digits)).max() <= 0.501
+
+
+def test_blur_edges_and_miniature_against_libraries(digits):
+    kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], float)
+    same = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], float)
+    other = np.random.default_rng(0).integers(0, 256, (20, 17, 40), dtype=np.uint8)
+
+    def error(ours, f, images):
+        return np.abs(ours.astype(float) - np.stack([f(x) for x in images])).max()
+
+    for x in (digits, other):
+        assert error(augment.gaussian_blur(x), lambda i: ndimage.gaussian_filter(
+            i.astype(float), 1, mode="mirror", radius=3), x) <= 0.501
+        for alpha in (1.0, 0.4):
+            assert error(augment.edge_detect(x, alpha), lambda i: cv2.filter2D(
+                i, -1, alpha * kernel + (1 - alpha) * same), x) <= 1
+        mini = augment.mini_image(x)
+        assert error(mini[:, :8, :8], lambda i: np.asarray(Image.fromarray(i).resize(
+            (8, 8), Image.Resampling.BILINEAR), float), x) <= 1
+        assert np.array_equal(mini[:, 8:], x[:, 8:]) and np.array_equal(mini[:, :, 8:], x[:, :, 8:])
+
+
+def test_noises_have_their_place_and_their_moments(data):
+    images = np.zeros((2000, 28, 28), np.uint8)
+    corner, spread = augment.tl_sap_noise(images), augment.sap_noise(images)
+    assert (corner[:, 7:] == 0).all() and (corner[:, :, 7:] == 0).all()
+    assert corner[:, :7, :7].mean() == pytest.approx(127.5, abs=0.5)  # cut to whole numbers
+    assert corner[:, :7, :7].std() == pytest.approx(32, abs=0.5)
+    assert (spread > 0).mean() == pytest.approx(0.2, abs=0.002)
+    assert spread[spread > 0].mean() == pytest.approx(127.5, abs=0.5)
+    assert spread[spread > 0].std() == pytest.approx(16, abs=0.3)
+    for f in (augment.tl_sap_noise, augment.sap_noise):
+        assert np.array_equal(f(images), f(images))
+        assert not np.array_equal(f(images), f(images, seed=1))
+        assert not np.array_equal(f(images)[0], f(images)[1])
+    assert np.array_equal(augment.sap_noise(data[2][:9])[augment.sap_noise(images[:9]) == 0],
+                          data[2][:9][augment.sap_noise(images[:9]) == 0])
 
 
 def test_augmentations_have_manners(digits):
@@ -194,6 +280,19 @@ def test_augmentations_have_manners(digits):
             f(digits.astype(np.float32))
         with pytest.raises(ValueError, match=r"\(N, H, W\)"):
             f(digits[0])
+    with pytest.raises(ValueError, match="3x3"):
+        augment.canny(digits[:, :2])
+
+
+def test_augment_writes_its_picture(tmp_path, capsys):
+    augment.main(["--augs", "shear_x", "canny", "--out", str(tmp_path / "a.png")])
+    with Image.open(tmp_path / "a.png") as page:
+        assert page.size[0] > 10 * 64 and page.size[1] > 13 * 64
+    capsys.readouterr()
+    refused(augment.main, ["--augs", "nope"], capsys, "nope", "canny")
+    refused(augment.main, ["--out", tmp_path / "none" / "a.png"], capsys, "a.png", "--out")
+    refused(augment.main, ["--out", tmp_path / "a.what"], capsys, "a.what", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_views_double_and_are_named_in_the_order_of_application(digits):
@@ -509,30 +608,66 @@ def in_turn(rounds=7, **jobs):
         print(f"  {name:24} {np.median(times[1:]):8.3f} s   {np.median(first / times[1:]):6.2f}")
 
 
-def benchmark():
-    """Print the speeds that README states, each beside the one to compare it with."""
-    images = torch.from_numpy(np.stack(augment.all_views(augment.load_images()[0][:8192],
-                                                         ["flip_lr", "flip_ud"])))
-    settings = settings_of("--epochs", "1")
+def benchmark_stage1(n=8192):
+    views = np.stack(augment.all_views(augment.load_images()[0][:n], ["flip_lr", "flip_ud"]))
+    images, settings = torch.from_numpy(views), settings_of("--epochs", "1")
     model, same = LAVAE(filters=settings.filters), LAVAE(filters=settings.filters)
     for one in (model, same):
         train.tune_for_cpu(one)
-    batches = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * 8192)]).split(settings.batch_size)
-    adam = torch.optim.Adam([*same.encoder.parameters(), *same.decoder.parameters()], lr=1e-3, fused=True)
+    shuffled = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * n)])
+    optimizer = torch.optim.Adam([*same.encoder.parameters(), *same.decoder.parameters()], fused=True)
 
     def bare_loop():
-        for x in batches:
+        for x in shuffled.split(settings.batch_size):
             mu, logvar = same.encoder(x)
             z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
             loss = lavae.bce(same.decoder(z), x) + lavae.kl(mu, logvar)
-            adam.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            adam.step()
+            optimizer.step()
 
-    print(f"stage 1, {4 * 8192:,} images in batches of {settings.batch_size}: median, speed-up")
+    print(f"stage 1 on {4 * n:,} images in batches of {settings.batch_size}")
     in_turn(**{"bare loop, Adam(fused)": bare_loop,
                "train.stage1": lambda: train.stage1(model, images, settings)})
 
 
+def benchmark_adabelief(n=100):
+    def stepping(make):
+        model = LAVAE(filters=32)
+        tensors = [*model.encoder.parameters(), *model.decoder.parameters()]
+        for p in tensors:
+            p.grad = torch.randn_like(p)
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = make(tensors)
+        return lambda: [optimizer.step() for _ in range(n)]
+
+    print(f"{n} steps on the tensors of encoder and decoder, 32 filters")
+    in_turn(**{"AdaBelief": stepping(adabelief.AdaBelief),
+               "adabelief_pytorch": stepping(lambda p: adabelief_pytorch.AdaBelief(
+                   p, rectify=False, print_change_log=False)),
+               "Adam(foreach)": stepping(lambda p: torch.optim.Adam(p, foreach=True))})
+
+
+def benchmark_canny():
+    x = augment.load_images()[0]
+    tracemalloc.start()
+    augment.canny(x)
+    print(f"canny on {len(x):,} images: {tracemalloc.get_traced_memory()[1] / 2 ** 20:.0f} MiB at most, "
+          f"{x.nbytes / 2 ** 20:.0f} of them the result")
+    tracemalloc.stop()
+    in_turn(3, **{"augment.canny": lambda: augment.canny(x),
+                  "loop over cv2.Canny": lambda: [255 - cv2.Canny(i, 100, 200, L2gradient=True) for i in x],
+                  "loop over skimage's": lambda: [feature.canny(i) for i in x]})
+
+
 if __name__ == "__main__":
-    benchmark()
+    import io
+    import tracemalloc
+
+    from skimage import feature
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads. "
+          "Median seconds, in turn; then how many times as fast as the first")
+    benchmark_stage1()
+    benchmark_adabelief()
+    benchmark_canny()
