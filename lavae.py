@@ -48,8 +48,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
-    `hidden` puts a layer of that width before the linear one: a head that must draw other images
-    from given latents needs it (stage 3).
+    `hidden` adds ReLUs and a layer of that width before the linear one, for the heads of stage 3:
+    they must draw what the latents were not made for. The first decoder stays linear at its entry,
+    which is what makes the latents so.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
@@ -61,9 +62,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent_dim) to logits of the pixels, (B, 28, 28)."""
-        if self.hidden is not None:
-            z = F.relu(self.hidden(z))
-        h = self.linear(z).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
+        if self.hidden is None:
+            h = self.linear(z)
+        else:
+            h = F.relu(self.linear(F.relu(self.hidden(z))))
+        h = h.unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
         h = F.relu(self.deconv1(h))  # (B, C, 14, 14)
         return self.deconv2(h).squeeze(1)
 
@@ -111,6 +114,9 @@ class LAVAE(nn.Module):
         self.maps = nn.ModuleList(LatentMap(latent_dim) for _ in self.augs)
         self.heads = nn.ModuleDict({"+".join(names): Decoder(latent_dim, filters, HEAD_HIDDEN)
                                     for names in self.transfers})
+        with torch.no_grad():  # small first weights: what the latents become, the views decide
+            for p in [*self.encoder.parameters(), *self.decoder.parameters()]:
+                p.mul_(0.5)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from augment import AUGMENTATIONS, DATA_DIR, DATASETS, all_views, load_images, v
 from lavae import LAVAE, bce, involution_error, kl, map_error, moments, pixels, sample
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=32, epochs=1, transfer_epochs=1, batch_size=64, lr=2e-3),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=64, lr=2e-3),
+    "quick": dict(filters=32, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
+    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
@@ -169,8 +169,8 @@ class Progress:
     def _show(self, loss, end):
         rate = self.done / (time.perf_counter() - self.start)
         left = round((self.total - self.done) / rate)
-        print(f"\r  {self.label}  loss {loss:7.2f}  {rate:7,.0f} images/s  "
-              f"{left // 60}:{left % 60:02d} left ", end=end, flush=True)
+        print("\r" * self.live + f"  {self.label}  loss {loss:7.2f}  {rate:7,.0f} images/s  "
+              f"{left // 60:3d}:{left % 60:02d} left", end=end, flush=True)
         return rate
 
 
