@@ -114,9 +114,9 @@ class LAVAE(nn.Module):
         self.maps = nn.ModuleList(LatentMap(latent_dim) for _ in self.augs)
         self.heads = nn.ModuleDict({"+".join(names): Decoder(latent_dim, filters, HEAD_HIDDEN)
                                     for names in self.transfers})
-        with torch.no_grad():  # small first weights: what the latents become, the views decide
-            for p in [*self.encoder.parameters(), *self.decoder.parameters()]:
-                p.mul_(0.5)
+        # Start with latents that hardly matter: each then grows into what the data asks for. From
+        # PyTorch's larger draw one of 16 stays a mixture of two features, and no matrix can flip it.
+        self.decoder.linear.weight.data.mul_(0.1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
