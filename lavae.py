@@ -114,8 +114,7 @@ class LAVAE(nn.Module):
         self.maps = nn.ModuleList(LatentMap(latent_dim) for _ in self.augs)
         self.heads = nn.ModuleDict({"+".join(names): Decoder(latent_dim, filters, HEAD_HIDDEN)
                                     for names in self.transfers})
-        # Start with latents that hardly matter: each then grows into what the data asks for. From
-        # PyTorch's larger draw one of 16 stays a mixture of two features, and no matrix can flip it.
+        # Start with latents that hardly matter: what each becomes, the data decides, not the draw.
         self.decoder.linear.weight.data.mul_(0.1)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import math
 import shutil
@@ -600,7 +601,7 @@ def in_turn(rounds=7, **jobs):
     for _ in range(rounds + 1):
         for name, job in jobs.items():
             start = time.perf_counter()
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 job()
             seconds[name].append(time.perf_counter() - start)
     first = np.array(next(iter(seconds.values()))[1:])  # the first round warms up
@@ -661,7 +662,6 @@ def benchmark_canny():
 
 
 if __name__ == "__main__":
-    import io
     import tracemalloc
 
     from skimage import feature
