@@ -148,10 +148,10 @@ def figures(model: LAVAE, digits: np.ndarray, columns: Sequence[str],
     products = views("", [lambda s, i=i: f"{s} L{i}" for i in range(1, len(model.maps) + 1)])
     back = f"D(E(x){''.join(f' L{i}' for i in range(len(model.maps), 0, -1))})"
 
-    def view_pairs(decoder, augs):  # under each view what the latents give in its place
+    def view_pairs(decoder, D, augs):  # under each view what the latents give in its place
         rows = []
         for name, view, z, L in zip(view_names(augs), all_views(digits, augs), latents, products):
-            rows += [None, (name, view), (f"D(E(x){L})", draw(decoder, z))]
+            rows += [None, (name, view), (f"{D}(E(x){L})", draw(decoder, z))]
         return [*rows[1:], None]
 
     undone = []
@@ -164,13 +164,13 @@ def figures(model: LAVAE, digits: np.ndarray, columns: Sequence[str],
     title = " and ".join(model.augs)
     pages = {
         "fig3_views": grid(f"Augment in latent space: {title}", columns, [
-            *view_pairs(model.decoder, model.augs),
+            *view_pairs(model.decoder, "D", model.augs),
             (f"reverse {back}", draw(model.decoder, reverse(model, encoded[0])))]),
         "fig4_inverses": grid(f"Back to the original: {title}", columns, [
-            ("original", digits), (" D(E(x))", draw(model.decoder, encoded[0])), *undone])}
+            ("orig", digits), ("D(E(x))", draw(model.decoder, encoded[0])), *undone])}
     for (key, head), augs in zip(model.heads.items(), model.transfers):
         pages[f"fig6_{key}"] = grid(f"Same latents, new decoder: {title} to {' and '.join(augs)}",
-                                    columns, view_pairs(head, augs)[:-1])
+                                    columns, view_pairs(head, "D_B", augs)[:-1])
     return pages
 
 
