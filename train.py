@@ -37,7 +37,6 @@ PRESETS = {  # each setting is also an option of its own
 }
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
-LINEAR_LR = 3  # times the learning rate, in stage 1, for the two layers around the latents
 
 # ---------------------------------------------------------------- the three stages
 
@@ -57,13 +56,8 @@ def stage1(model: LAVAE, images: Tensor, settings: argparse.Namespace) -> list[d
         loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
         return {"loss": loss, "bce": reconstruction, "kl": prior}
 
-    # The layers around z learn faster. A latent that starts as a mixture of two features, one that
-    # a flip keeps and one that it reverses, is slow to become either, and no matrix flips it.
-    named = [*model.encoder.named_parameters(), *model.decoder.named_parameters()]
-    linear = [p for name, p in named if name.startswith("linear")]
-    others = [p for name, p in named if not name.startswith("linear")]
-    groups = [{"params": linear, "lr": LINEAR_LR * settings.lr}, {"params": others}]
-    return fit(loss_of, images.shape[:2], groups, settings.epochs, settings)
+    parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
+    return fit(loss_of, images.shape[:2], parameters, settings.epochs, settings)
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
@@ -110,8 +104,8 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
         x = pixels(images[:, index]).flatten(0, 1)
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
-    groups = [{"params": [*head.parameters()]}]
-    return fit(loss_of, images.shape[:2], groups, settings.transfer_epochs, settings)
+    parameters = [*head.parameters()]
+    return fit(loss_of, images.shape[:2], parameters, settings.transfer_epochs, settings)
 
 
 # ---------------------------------------------------------------- the loop of stages 1 and 3
@@ -125,10 +119,8 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
 
 
 def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
-        groups: list[dict], epochs: int, settings: argparse.Namespace) -> list[dict]:
+        parameters: list[Tensor], epochs: int, settings: argparse.Namespace) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
-
-    groups: parameter groups, as an optimiser takes them.
 
     A batch holds all views of some images, so that no step favours a view. With the views shuffled
     the reconstructions are as good, but the maps fit less well and the table's total is two nats
@@ -137,9 +129,9 @@ def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
     n_views, n = shape
     per_batch = max(1, settings.batch_size // n_views)
     steps = epochs * math.ceil(n / per_batch)
-    optimizer = AdaBelief(groups, lr=settings.lr)
+    optimizer = AdaBelief(parameters, lr=settings.lr)
     schedule = LambdaLR(optimizer, lambda step: one_cycle((step + 0.5) / steps))
-    order, device = torch.Generator().manual_seed(settings.seed), groups[0]["params"][0].device
+    order, device = torch.Generator().manual_seed(settings.seed), parameters[0].device
     history, progress = [], Progress(epochs * n * n_views)
     for epoch in range(1, epochs + 1):
         sums = {}
