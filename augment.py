@@ -84,7 +84,7 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
 
 
 def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
-    """Smooth with a Gaussian of `sigma` pixels cut off at 7x7, borders mirrored. No inverse in uint8.
+    """Smooth with a Gaussian of `sigma` pixels, cut off at 7x7, borders mirrored. No inverse.
 
     (The authors draw sigma from 0.1 to 2 for every image.)
     """
@@ -95,13 +95,14 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
         height, width = block.shape[1:]
         p = np.pad(block, ((0, 0), (3, 3), (3, 3)), "reflect").astype(np.float32)
         p = sum(w * p[:, i:i + height] for i, w in enumerate(weights))
-        return np.rint(sum(w * p[:, :, i:i + width] for i, w in enumerate(weights))).astype(np.uint8)
+        p = sum(w * p[:, :, i:i + width] for i, w in enumerate(weights))
+        return np.rint(p).astype(np.uint8)
 
     return _in_blocks(blur, images)
 
 
 def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
-    """The Laplacian, kernel 0 1 0 / 1 -4 1 / 0 1 0, blended with the image: (1 - alpha) x + alpha Lx.
+    """The Laplacian, kernel 0 1 0 / 1 -4 1 / 0 1 0, blended: (1 - alpha) x + alpha Lx.
 
     Borders mirrored, cut to 0..255. No inverse. (The authors draw alpha from 0 to 1.)
     """
@@ -163,7 +164,7 @@ def _noise(seed, sd, shape):
 def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
     """Canny's edges, black (0) on white (255): every pixel as cv2.Canny(L2gradient=True) has it.
 
-    1. Gradient: Sobel, 3x3, borders repeated. 2. Thin: keep a pixel where the gradient is the longest
+    1. Gradient: Sobel, 3x3, borders repeated. 2. Thin: keep a pixel where the gradient is longest
     of three along its direction, of four. 3. Follow: edges are the kept pixels over `high`, and
     those over `low` that touch an edge. No inverse. Raises ValueError under 3x3 pixels.
 

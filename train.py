@@ -122,9 +122,7 @@ def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
-    A batch holds all views of some images, so that no step favours a view. With the views shuffled
-    the reconstructions are as good, but the maps fit less well and the table's total is two nats
-    higher. The terms of the loss stay on the device until the epoch ends.
+    A batch holds all views of some images, so that no step favours a view. The terms of the loss stay on the device until the epoch ends.
     """
     n_views, n = shape
     per_batch = max(1, settings.batch_size // n_views)
