@@ -122,7 +122,8 @@ def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
-    A batch holds all views of some images, so that no step favours a view. The terms of the loss stay on the device until the epoch ends.
+    A batch holds all views of some images, so that no step favours a view. The terms of
+    the loss stay on the device until the epoch ends.
     """
     n_views, n = shape
     per_batch = max(1, settings.batch_size // n_views)
