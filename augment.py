@@ -289,7 +289,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     label_font, title_font = ImageFont.load_default(24), ImageFont.load_default(32)
     labels = [row[0] for row in rows if row]
     left = margin + max(math.ceil(label_font.getlength(label)) for label in labels) + 16
-    width = left + len(columns) * (cell + gap) - gap + margin
+    pitch = gap + max(cell, *(math.ceil(label_font.getlength(column)) for column in columns))
+    width = left + len(columns) * pitch - gap + margin
     width = max(width, 2 * margin + math.ceil(title_font.getlength(title)))
     top = margin + 48 + 36
     height = top + sum(cell + gap if row else 3 * gap for row in rows) - gap + margin
@@ -297,7 +298,7 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), title, "black", title_font)
     for i, column in enumerate(columns):
-        x = left + i * (cell + gap) + cell // 2
+        x = left + i * pitch + (pitch - gap) // 2
         draw.text((x, top - 10), column, "black", label_font, "ms")
     y = top
     for row in rows:
@@ -305,7 +306,7 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
             draw.text((left - 16, y + cell // 2), row[0], "black", label_font, "rm")
             for i, image in enumerate(row[1]):
                 tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
-                x = left + i * (cell + gap)
+                x = left + i * pitch + (pitch - gap - cell) // 2
                 draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="silver")
                 page.paste(tile, (x, y))
         y += cell + gap if row else 3 * gap

@@ -4,7 +4,7 @@
     image x ----> latent z ------> latent z L_i ----> augmented image A_i x
 
 From "Towards Composable Distributions of Latent Space Augmentations" (arXiv 2303.03462), in its
-order: encoder and decoder, the maps, the model, the losses of the three stages.
+order: encoder and decoder, the maps, the model, the losses of the three stages; then the baselines.
 
     model = load("runs/flip_lr+flip_ud")
     mu, logvar = model.encoder(x)                          # x (B, 28, 28), values in [0, 1]
@@ -14,6 +14,7 @@ order: encoder and decoder, the maps, the model, the losses of the three stages.
 import os
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,28 +30,33 @@ def pixels(images: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """E(x) = (mu, logvar): two convolutions of stride 2 and one linear layer."""
+    """E(x) = (mu, logvar): two convolutions of stride 2 and one linear layer.
 
-    def __init__(self, latent_dim: int = 16, filters: int = 64):
+    A CVAE's linear layer sees `condition_dim` more numbers, beside the features.
+    """
+
+    def __init__(self, latent_dim: int = 16, filters: int = 64, condition_dim: int = 0):
         super().__init__()
         self.conv1 = nn.Conv2d(1, filters, kernel_size=4, stride=2, padding=1)
         self.conv2 = nn.Conv2d(filters, 2 * filters, kernel_size=4, stride=2, padding=1)
-        self.linear = nn.Linear(2 * filters * 7 * 7, 2 * latent_dim)
+        self.linear = nn.Linear(2 * filters * 7 * 7 + condition_dim, 2 * latent_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 28, 28) in [0, 1] to mu and logvar, (B, latent_dim) each."""
         h = F.relu(self.conv1(x[:, None]))  # (B, C, 14, 14)
         h = F.relu(self.conv2(h))  # (B, 2C, 7, 7)
-        mu, logvar = self.linear(h.flatten(1)).chunk(2, dim=1)
+        h = h.flatten(1)
+        if condition is not None:
+            h = torch.cat([h, condition], 1)
+        mu, logvar = self.linear(h).chunk(2, dim=1)
         return mu, logvar
 
 
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
-    `hidden` adds ReLUs and a layer of that width before the linear one, for the heads of stage 3:
-    they must draw what the latents were not made for. The first decoder stays linear at its entry,
-    which is what makes the latents so.
+    `hidden` adds a layer of that width before the linear one, for the heads of stage 3: they must
+    draw what the latents were not made for.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
@@ -62,11 +68,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent_dim) to logits of the pixels, (B, 28, 28)."""
-        if self.hidden is None:
-            h = self.linear(z)
-        else:
-            h = F.relu(self.linear(F.relu(self.hidden(z))))
-        h = h.unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
+        if self.hidden is not None:
+            z = F.relu(self.hidden(z))
+        h = F.relu(self.linear(z)).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
         h = F.relu(self.deconv1(h))  # (B, C, 14, 14)
         return self.deconv2(h).squeeze(1)
 
@@ -91,6 +95,14 @@ class LatentMap(nn.Module):
         """(B, latent_dim) to (B, latent_dim)."""
         return z @ self.L
 
+    def inverse(self, z: Tensor) -> Tensor:
+        """z L^-1, (B, latent_dim) to the same."""
+        return z @ torch.linalg.inv(self.L.double().cpu()).to(z)
+
+    def involution_error(self, z: Tensor | None = None) -> Tensor:
+        """||I - L L||_F^2: zero where applying L twice changes nothing. `z` is not needed."""
+        return involution_error(self.L)
+
 
 class LAVAE(nn.Module):
     """Encoder, decoder, a map for every augmentation, and a decoder head for every transfer.
@@ -99,28 +111,52 @@ class LAVAE(nn.Module):
         augs: the augmentations' names, in the order in which they compose.
         transfers: for each further head the names that it puts in the place of `augs`, one to one.
         latent_dim, filters: d and C of appendix C.
+        latent_map: "linear", or for the ablation "mlp" or "mlp-wide".
+        originals_only: the plain VAE among the baselines: stage 1 sees no augmented view.
 
     `decoder` draws the views that the latents were learnt from, `heads["shear_x+canny"]` those of
-    that transfer; `maps[i]` belongs to augs[i], whichever of them draws.
+    that transfer; `maps[i]` belongs to augs[i], whichever of them draws. View number v, in the
+    order of `augment.views`, uses map i where bit i of v is set.
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"),
-                 transfers: Sequence[Sequence[str]] = (), latent_dim: int = 16, filters: int = 64):
+                 transfers: Sequence[Sequence[str]] = (), latent_dim: int = 16, filters: int = 64,
+                 latent_map: str = "linear", originals_only: bool = False):
         super().__init__()
         self.augs, self.transfers = list(augs), [list(names) for names in transfers]
-        self.latent_dim, self.filters = latent_dim, filters
+        self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
+                              filters=filters, latent_map=latent_map, originals_only=originals_only)
+        self.latent_dim = latent_dim
+        self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
-        self.maps = nn.ModuleList(LatentMap(latent_dim) for _ in self.augs)
+        self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
         self.heads = nn.ModuleDict({"+".join(names): Decoder(latent_dim, filters, HEAD_HIDDEN)
                                     for names in self.transfers})
-        # Start with latents that hardly matter: what each becomes, the data decides, not the draw.
-        self.decoder.linear.weight.data.mul_(0.1)
+
+    def forward(self, x: Tensor, noise: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        mu, logvar = self.encoder(x.flatten(0, 1))
+        return self.decoder(sample(mu, logvar, noise)), mu, logvar
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (N, 28, 28) to posterior means (N, latent_dim): the z of stages 2 and 3."""
         return torch.cat([self.encoder(pixels(block))[0] for block in images.split(1000)])
+
+    def to_view(self, z: Tensor, view: int) -> Tensor:
+        """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
+        for i, latent_map in enumerate(self.maps):
+            if view >> i & 1:
+                z = latent_map(z)
+        return z
+
+    def from_view(self, z: Tensor, view: int) -> Tensor:
+        """The way back, z L_2^-1 L_1^-1 for view 3."""
+        for i, latent_map in reversed([*enumerate(self.maps)]):
+            if view >> i & 1:
+                z = latent_map.inverse(z)
+        return z
 
 
 HEAD_HIDDEN = 256  # units between z and a transfer head's first layer
@@ -139,6 +175,20 @@ def bce(logits: Tensor, x: Tensor) -> Tensor:
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over latents, mean of images."""
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
+
+
+def misfit(z: Tensor, z_i: Tensor) -> Tensor:
+    """How far a batch is from having a map: mean over images and latents of (z L - z_i)^2, Eq. 6,
+    with the best L for this batch, by least squares. z = E(x) and z_i = E(A_i x), (B, d) each.
+
+    Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
+    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
+    """
+    with torch.no_grad():  # at the best L the loss does not change with L
+        G = z.T @ z
+        G.diagonal().add_(1e-3 * G.diagonal().mean())
+        L = torch.linalg.inv_ex(G).inverse @ (z.T @ z_i)
+    return (z @ L - z_i).square().mean()
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,21 +210,118 @@ def involution_error(L: Tensor) -> Tensor:
     return (torch.eye(len(L), dtype=L.dtype, device=L.device) - L @ L).square().sum()
 
 
+# ---------------------------------------------------------------- baselines and ablations
+
+
+class NonlinearMap(nn.Sequential):
+    """The authors' ablation: an MLP in the place of L."""
+
+    def __init__(self, latent_dim: int, hidden: Sequence[int]):
+        layers, width = [], latent_dim
+        for next_width in hidden:
+            layers += [nn.Linear(width, next_width), nn.ReLU()]
+            width = next_width
+        super().__init__(*layers, nn.Linear(width, latent_dim))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The map again: it has no inverse, but should be its own where the augmentation is."""
+        return self(z)
+
+    def involution_error(self, z: Tensor) -> Tensor:
+        """Mean |z - f(f(z))|^2 over latents z (N, latent_dim): ||I - L L||^2 where z is white."""
+        return (z - self(self(z))).square().sum() / len(z)
+
+
+LATENT_MAPS = {"linear": LatentMap,
+               "mlp": partial(NonlinearMap, hidden=(8, 8)),  # the authors' widths
+               "mlp-wide": partial(NonlinearMap, hidden=(256, 256))}
+
+
+class CVAE(nn.Module):
+    """The paper's baseline: encoder and decoder are told a condition, the latents carry the rest.
+
+    condition: what they are told, as numbers beside the features and beside z:
+        "view"      one-hot of the view: all views are encoded and reconstructed ("naive")
+        "digit"     one-hot of the digit, labels 0 to 9: likewise
+        "both"      the two together
+        "paired"    a bit for each augmentation: originals are encoded, and decoded to themselves
+                    and to each single augmentation; two bits at once are never shown
+    """
+
+    def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"), condition: str = "view",
+                 latent_dim: int = 16, filters: int = 64):
+        super().__init__()
+        self.augs, self.transfers = list(augs), []
+        self.arguments = dict(augs=self.augs, condition=condition, latent_dim=latent_dim,
+                              filters=filters)
+        self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
+        views = range(2 ** len(self.augs))
+        self.shown = [v for v in views if v.bit_count() <= 1] if self.paired else list(views)
+        codes = {"paired": [[float(v >> i & 1) for i in range(len(self.augs))] for v in views],
+                 "digit": [[] for _ in views]}.get(condition, torch.eye(len(views)).tolist())
+        self.register_buffer("codes", torch.tensor(codes))  # what is said of each view
+        width = self.codes.shape[1] + 10 * self.by_digit
+        self.encoder = Encoder(latent_dim, filters, width)
+        self.decoder = Decoder(latent_dim + width, filters)  # for z and the condition, side by side
+
+    def conditions(self, views: Sequence[int], n: int, labels: Tensor | None = None) -> Tensor:
+        """What is said of n images under each view, (V n, width); labels (n,) for the digits."""
+        codes = self.codes[views].repeat_interleave(n, dim=0)
+        if self.by_digit:
+            codes = torch.cat([codes, F.one_hot(labels, 10).float().repeat(len(views), 1)], 1)
+        return codes
+
+    def forward(self, x: Tensor, noise: torch.Generator | None = None,
+                labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        source, n = x[:1] if self.paired else x, x.shape[1]
+        condition = self.conditions(self.shown, n, labels)
+        mu, logvar = self.encoder(source.flatten(0, 1), condition[:len(source) * n])
+        each = len(x) // len(source)  # times that an image is decoded
+        z = sample(mu.repeat(each, 1), logvar.repeat(each, 1), noise)
+        return self.decoder(torch.cat([z, condition], 1)), mu, logvar
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, view: int = 0, labels: Tensor | None = None) -> Tensor:
+        """uint8 images (N, 28, 28), all of one view, to posterior means (N, latent_dim)."""
+        condition = self.conditions([view], len(images), labels)
+        return torch.cat([self.encoder(pixels(block), c)[0]
+                          for block, c in zip(images.split(1000), condition.split(1000))])
+
+    def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
+        """Latents (N, latent_dim) to what makes the decoder draw that view: z and the condition."""
+        return torch.cat([z, self.conditions([view], len(z), labels)], 1)
+
+
+def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1000 times the squared maximum mean discrepancy of samples of q(z) and N(0, I), B of each.
+
+    Its kernel is exp(-|a - b|^2 / d). InfoVAE's prior loss with its weight: it asks only that all
+    latents together look normal, where `kl` asks it of every image's.
+    """
+    z, prior = sample(mu, logvar, generator), sample(0 * mu, 0 * logvar, generator)
+
+    def likeness(a, b):
+        return torch.exp(-(a[:, None] - b).square().mean(2)).mean()
+
+    return 1000 * (likeness(z, z) + likeness(prior, prior) - 2 * likeness(z, prior))
+
+
 # ---------------------------------------------------------------- checkpoints and devices
 
-CHECKPOINT = "LAVAE checkpoint, version 1"
+CHECKPOINT = "LAVAE checkpoint, version 2"
 
 
-def save(model: LAVAE, path: str | Path, settings: dict) -> None:
+def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
     """Write the model and the plain-data settings that it was trained with to `path`."""
-    arguments = {key: getattr(model, key) for key in ("augs", "transfers", "latent_dim", "filters")}
     part = Path(path).with_suffix(".part")  # the old file stays good until the new one is whole
-    torch.save({"kind": CHECKPOINT, "arguments": arguments, "settings": settings,
+    torch.save({"kind": CHECKPOINT, "class": type(model).__name__, "arguments": model.arguments,
+                "settings": settings,
                 "tensors": {key: value.cpu() for key, value in model.state_dict().items()}}, part)
     os.replace(part, path)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE:
+def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     """The model saved in a run folder (or a model.pt), ready for use: in eval mode, on `device`.
 
     `model.settings` holds what `train.py` was told. Only tensors and plain data are read: no code
@@ -192,7 +339,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["kind"] != CHECKPOINT:
             raise ValueError(checkpoint["kind"])
-        model = LAVAE(**checkpoint["arguments"])
+        model = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]](**checkpoint["arguments"])
         model.load_state_dict(checkpoint["tensors"])
         model.settings = checkpoint["settings"]
     except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OSError, RuntimeError,

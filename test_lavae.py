@@ -31,7 +31,7 @@ import augment
 import evaluate
 import lavae
 import train
-from lavae import LAVAE
+from lavae import CVAE, LAVAE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that no file registers the mark
@@ -69,7 +69,7 @@ def tiny_run(data, out, *words):
     settings = settings_of("--preset", "quick", "--filters", "8", "--batch-size", "32", "--lr", "5e-3",
                            "--out", str(out), "--device", "cpu", *words)
     train.prepare(settings.out)
-    train.run(data[0][:2000], CPU, settings)
+    train.run(data[0][:2000], data[1][:2000], CPU, settings)
     return lavae.load(out)
 
 
@@ -363,6 +363,20 @@ def test_map_error_is_the_error_over_the_data():
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_misfit_is_the_least_squares_error_and_has_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 64, 8, generator=generator, dtype=torch.double)
+    M = torch.randn(8, 8, generator=generator, dtype=torch.double)
+    assert lavae.misfit(z, z @ M) < 1e-4
+    z_i = (z @ M + noise).requires_grad_()
+    z.requires_grad_()
+    expected = (z @ torch.linalg.lstsq(z, z_i).solution - z_i).square().mean()
+    assert lavae.misfit(z, z_i).item() == pytest.approx(expected.item(), rel=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(lavae.misfit(z, z_i), (z, z_i)),
+                            torch.autograd.grad(expected, (z, z_i))):
+        assert torch.allclose(ours, theirs, atol=2e-2 * theirs.abs().max())
+
+
 def test_the_first_map_comes_first():
     model = LAVAE(["rotate_cw", "flip_lr"], latent_dim=2, filters=1).requires_grad_(False)
     model.maps[0].L.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
@@ -371,8 +385,40 @@ def test_the_first_map_comes_first():
     quarter, mirrored = torch.tensor([[-2.0, 1.0]]), torch.tensor([[-2.0, -1.0]])
     views = augment.views(z, model.maps)
     assert torch.equal(views[1], quarter) and torch.equal(views[3], mirrored)
-    assert torch.equal(z @ evaluate.matrices(model)[3], mirrored)
+    assert torch.equal(model.to_view(z, 3), mirrored) and torch.equal(model.to_view(z, 0), z)
+    assert torch.allclose(model.from_view(mirrored, 3), z) and torch.allclose(model.from_view(quarter, 1), z)
     assert torch.equal(evaluate.reverse(model, z), torch.tensor([[2.0, 1.0]]))
+
+
+def test_the_papers_cvae():
+    for condition, width in (("view", 4), ("digit", 10), ("both", 14), ("paired", 2)):
+        model = CVAE(condition=condition)
+        conv = 64 * 16 + 64 + 128 * 64 * 16 + 128
+        assert sum(p.numel() for p in model.encoder.parameters()) == conv + (128 * 49 + width) * 32 + 32
+        assert model.decoder.linear.in_features == 16 + width
+        labels, z = torch.tensor([3, 9]), torch.zeros(2, 16)
+        told = [model.to_view(z, v, labels)[:, 16:] for v in range(4)]
+        if condition == "paired":
+            assert [t[0].tolist() for t in told] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+        if condition in ("view", "both"):
+            assert [t[1, :4].argmax().item() for t in told] == [0, 1, 2, 3]
+        if model.by_digit:
+            assert [t[:, -10:].argmax(1).tolist() for t in told] == [[3, 9]] * 4
+
+
+def test_mmd_is_the_distance_of_two_clouds():
+    generator = torch.Generator().manual_seed(0)
+
+    def distance(mean, sd, n=400, d=4):
+        mu = torch.full((n, d), mean)
+        return lavae.mmd(mu, torch.full((n, d), 2 * math.log(sd)), generator).item() / 1000
+
+    def likeness(mean, variance, d=4):  # E exp(-|a - b|^2 / d) where a - b ~ N(mean, variance I)
+        return ((1 + 2 * variance / d) ** -0.5 * math.exp(-mean ** 2 / (d + 2 * variance))) ** d
+
+    for mean, sd in ((0.0, 1.0), (1.0, 1.0), (2.0, 0.1)):
+        expected = likeness(0, 2 * sd ** 2) + likeness(0, 2) - 2 * likeness(mean, 1 + sd ** 2)
+        assert distance(mean, sd) == pytest.approx(expected, abs=0.02)
 
 
 def test_checkpoint_round_trip(run, tmp_path):
@@ -431,16 +477,19 @@ def test_one_cycle_rises_and_falls():
     assert (np.diff(rates[:101]) > 0).all() and (np.diff(rates[100:]) < 0).all()
 
 
-def test_a_short_run_learns_all_three_stages(run, digits):
+def test_a_short_run_learns_all_three_stages(run, data, digits):
     out, model = run
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["config"]["filters"] == 8 and metrics["images_per_second"] > 0
     assert list(metrics["history"]) == list(metrics["seconds"])[:1] + ["stage 2", "stage 3, shear_x+canny"]
     losses = [row["loss"] for row in metrics["history"]["stage 1"]]
     assert losses == sorted(losses, reverse=True) and len(losses) == 3
+    first, *_, last = metrics["history"]["stage 1"]
+    assert last["loss"] == pytest.approx(last["bce"] + last["kl"] + 30 * last["misfit"], rel=1e-4)
+    assert last["bce"] < first["bce"] and last["misfit"] < 0.1
     torch.manual_seed(0)
-    untrained = evaluate.measure(LAVAE(transfers=[["shear_x", "canny"]], filters=8), digits, CPU)
-    trained = evaluate.measure(model, digits, CPU)
+    untrained = evaluate.measure(LAVAE(transfers=[["shear_x", "canny"]], filters=8), few(data), CPU)
+    trained = evaluate.measure(model, few(data), CPU)
     assert trained["lavae"]["total"] < 0.4 * untrained["lavae"]["total"]
     assert trained["transfer"]["shear_x+canny"]["total"] < 0.7 * untrained["transfer"]["shear_x+canny"]["total"]
     assert max(trained["lavae"]["involution"]) < 1e-3
@@ -460,18 +509,73 @@ def test_same_seed_same_bits(data, tmp_path):
     assert not torch.equal(a["encoder.conv1.weight"], c["encoder.conv1.weight"])
 
 
-def test_one_augmentation_and_three(data, digits, tmp_path):
+def test_one_augmentation_and_three(data, tmp_path):
     for augs in (["rotate_cw"], ["flip_lr", "rotate_cw", "shear_x"]):
         model = tiny_run(data, tmp_path, "--augs", *augs, "--transfer", *augs[::-1])
-        result = evaluate.measure(model, digits, CPU)
+        result = evaluate.measure(model, few(data), CPU)
         assert [*result["lavae"]["direct"]] == augment.view_names(augs)
         assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total"]
+
+
+@pytest.mark.parametrize("words", [
+    "--model cvae", "--model cvae --condition digit", "--model cvae --condition both",
+    "--model cvae-paired", "--model vae", "--latent-map mlp --no-transfer",
+    "--latent-map mlp-wide --no-transfer", "--joint signs --no-transfer", "--joint identity --no-transfer",
+    "--prior-loss mmd --no-transfer"])
+def test_baselines_and_ablations_learn(words, data, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MLP_EPOCHS", 2)
+    settings = settings_of(*words.split(), "--filters", "8", "--device", "cpu")
+    torch.manual_seed(0)
+    before = train.build(settings)
+    after = tiny_run(data, tmp_path, *words.split())
+    rows = [evaluate.measure_baseline(m, digits, data[3][:500], CPU) for m in (before, after)]
+    key = "total" if settings.model != "cvae" and not settings.joint else "orig"
+    assert rows[1][key] < 0.6 * rows[0][key]
+
+
+def test_the_joint_lesson(data, tmp_path):
+    """From the identity the signs of the eigenvalues never change, and a blur has to fit all views."""
+    stuck = tiny_run(data, tmp_path / "a", "--joint", "identity", "--no-transfer", "--epochs", "4")
+    free = tiny_run(data, tmp_path / "b", "--joint", "signs", "--no-transfer", "--epochs", "4")
+    assert evaluate.group(stuck)["directions"] == {"++": 16, "+-": 0, "-+": 0, "--": 0}
+    assert evaluate.group(free)["directions"] == {"++": 4, "+-": 4, "-+": 4, "--": 4}
+    totals = [evaluate.measure_baseline(m, data[2][:500], data[3][:500], CPU)["total"] for m in (stuck, free)]
+    assert totals[1] < 0.9 * totals[0], totals
+
+
+def test_the_paired_cvae_never_sees_the_composition(data, tmp_path, monkeypatch):
+    seen, told, forward = [], [], CVAE.forward
+    monkeypatch.setattr(CVAE, "forward", lambda self, x, *more: seen.append(x) or forward(self, x, *more))
+    inner = lavae.Decoder.forward
+    monkeypatch.setattr(lavae.Decoder, "forward", lambda self, z: told.append(z[:, 16:]) or inner(self, z))
+    tiny_run(data, tmp_path, "--model", "cvae-paired")
+    assert sum(x.shape[0] * x.shape[1] for x in seen) == pytest.approx(4 * 2000, abs=3)  # as many as others
+    for x in seen:
+        x, flipped, turned = (255 * x).round().byte().numpy()
+        assert np.array_equal(augment.flip_lr(x), flipped) and np.array_equal(augment.flip_ud(x), turned)
+    assert len(torch.cat(told).unique(dim=0)) == 3 and torch.cat(told).sum(1).max() == 1
+
+
+def test_finished_baselines_are_kept(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_images", lambda *_: [a[:300] for a in data])
+    words = ["--preset", "quick", "--filters", "4", "--baselines", "--out", str(tmp_path / "run")]
+    train.main(words)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("model.pt")}
+    assert {path.parent.name for path in before} == {"run", "cvae", "cvae-paired", "vae"}
+    assert "kept" not in capsys.readouterr().out
+    (tmp_path / "run" / "vae" / "model.pt").unlink()
+    train.main(words)
+    assert capsys.readouterr().out.count("kept") == 3
+    assert {path: path.read_bytes() for path in tmp_path.rglob("model.pt")} == before
+    train.main([*words, "--seed", "1"])
+    assert "kept" not in capsys.readouterr().out
 
 
 def test_presets_fill_in_and_options_win():
     assert settings_of().filters == 32 and settings_of("--preset", "paper").filters == 64
     paper = settings_of("--preset", "paper", "--epochs", "7")
     assert (paper.epochs, paper.transfer_epochs, paper.batch_size) == (7, 100, 64)
+    assert settings_of().map_weight > 0 and paper.map_weight == 0  # the paper has Eq. 5 alone
     assert settings_of().transfer == [["shear_x", "canny"]] and settings_of().out == Path(
         "runs/flip_lr+flip_ud")
     assert settings_of("--no-transfer").transfer == []
@@ -481,9 +585,57 @@ def test_presets_fill_in_and_options_win():
 # ---------------------------------------------------------------- evaluate.py
 
 
-def test_measure_agrees_with_the_formulas(run, digits):
+def few(data):
+    """The first images of all: 2,000 and 500."""
+    return data[0][:2000], data[1][:2000], data[2][:500], data[3][:500]
+
+
+def augment_float(name, images):
+    return torch.from_numpy(augment.AUGMENTATIONS[name](images)) / 255
+
+
+def test_identity_counts_the_pictures_that_find_their_own_image(digits):
+    images = torch.from_numpy(digits[:60])
+    shown = torch.arange(60)
+    shown[:20] = torch.arange(20).roll(1)  # twenty show another digit
+    logits = (images.float() / 255)[shown].clamp(0.02, 0.98).logit()
+
+    class Decoder(torch.nn.Module):
+        def forward(self, z):
+            return logits[z[:, 0].long()]
+
+    assert evaluate.identity(Decoder(), torch.arange(60.0)[:, None], images) == pytest.approx(40 / 60)
+
+
+def test_joint_eigenspaces_are_counted():
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.tensor([[1, 1, 1, 1, 1, 1, -1, -1, -1, -1], [1, 1, 1, -1, -1, -1, -1, 1, -1, -1]])
+    basis = torch.randn(10, 10, generator=generator, dtype=torch.double)  # oblique: not orthogonal
+    maps = [basis @ torch.diag(s.double()) @ torch.linalg.inv(basis) for s in signs]
+    assert evaluate.pattern_counts(maps) == {"++": 3, "+-": 3, "-+": 1, "--": 3}
+    model = LAVAE(latent_dim=10, filters=1).requires_grad_(False)
+    for latent_map, L in zip(model.maps, maps):
+        latent_map.L.copy_(L)
+    group = evaluate.group(model)
+    assert group["directions"] == {"++": 3, "+-": 3, "-+": 1, "--": 3}
+    assert max(group["involution"].values()) < 1e-2 and max(group["commutator"].values()) < 1e-2
+    assert np.allclose(group["eigenvalues"]["flip_lr"], [[-1, 0]] * 4 + [[1, 0]] * 6, atol=1e-3)
+    model.maps[1].L.copy_(torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * 5))
+    group = evaluate.group(model)
+    assert group["directions"] is None and group["involution"]["flip_ud"] == pytest.approx(40 ** 0.5)
+
+
+def test_separability_of_clouds():
+    generator = torch.Generator().manual_seed(0)
+    clouds = torch.randn(3, 1000, 4, generator=generator)
+    moved = clouds + 10 * torch.eye(3, 4)[:, None]
+    assert evaluate.separability(moved[:, :800], moved[:, 800:]) == 1
+    assert abs(evaluate.separability(clouds[:, :800], clouds[:, 800:]) - 1 / 3) < 0.08
+
+
+def test_measure_agrees_with_the_formulas(run, data, digits):
     _, model = run
-    result = evaluate.measure(model, digits, CPU)["lavae"]
+    result = evaluate.measure(model, few(data), CPU)["lavae"]
     x, _, ud, both = (torch.from_numpy(v) / 255 for v in augment.all_views(digits, model.augs))
     L1, L2 = (latent_map.L for latent_map in model.maps)
 
@@ -499,21 +651,36 @@ def test_measure_agrees_with_the_formulas(run, digits):
     undone = model.encoder(both)[0] @ torch.linalg.inv(L1 @ L2)
     assert result["inverse"]["flip_lr+flip_ud"] == pytest.approx(nats(undone, x), rel=1e-3)
     assert result["total"] == pytest.approx(sum(result[k] for k in augment.view_names(model.augs)))
+    from_lr = model.encoder(augment_float("flip_lr", digits))[0] @ torch.linalg.inv(L1)
+    assert result["any_to_any"]["flip_lr"]["flip_ud"] == pytest.approx(nats(from_lr @ L2, ud), rel=1e-4)
+    assert result["any_to_any"]["flip_lr"]["flip_lr"] == pytest.approx(result["direct"]["flip_lr"], rel=1e-4)
 
 
-def test_evaluate_writes_the_table_and_the_figures(run, tmp_path, capsys):
+def test_evaluate_writes_the_tables_and_the_figures(run, data, tmp_path, capsys, monkeypatch):
     shutil.copytree(run[0], tmp_path / "run")
-    evaluate.main([str(tmp_path / "run"), "--device", "cpu"])
+    for name in ("cvae", "cvae-paired", "vae"):
+        tiny_run(data, tmp_path / "run" / name, "--model", name)
+    monkeypatch.setattr(evaluate, "load_images", lambda *_: few(data))
+    shutil.copytree(tmp_path / "run", tmp_path / "twin")
+    evaluate.main([str(tmp_path / "run"), str(tmp_path / "twin"), "--device", "cpu"])
     text = capsys.readouterr().out
-    assert "297.10" in text and "564.09" in text and "reverse composition" in text
+    for word in ("297.10", "564.09", "989.90", "596.69", "695.68", "reverse composition", "LAVAE, 2 runs",
+                 "+- 0.00"):
+        assert word in text, word
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    views = augment.view_names(["flip_lr", "flip_ud"])
     assert f"{result['lavae']['total']:.2f}" in text
-    assert [*result["lavae"]] == ["orig", "flip_lr", "flip_ud", "flip_lr+flip_ud", "total", "reverse",
-                                  "direct", "inverse", "involution"]
-    for name, rows in (("fig3_views", 9), ("fig4_inverses", 8), ("fig6_shear_x+canny", 8)):
+    assert [*result["lavae"]] == [*views, "total", "identity", "reverse", "direct", "inverse", "involution",
+                                  "any_to_any", "separability", "group"]
+    assert [*result["baselines"]] == ["cvae", "cvae-paired", "vae"]
+    assert all([*row] == [*views, "total", "identity"] for row in result["baselines"].values())
+    for name, rows, columns, cell in (
+            ("fig3_views", 9, 10, 84), ("fig4_inverses", 8, 10, 84), ("fig6_shear_x+canny", 8, 10, 84),
+            ("fig8_cvae", 8, 10, 84), ("fig9_paired_cvae", 12, 10, 84), ("any_to_any", 4, 5, 168),
+            ("eigenvalues", 1, 2, 560), ("table1", 4, 1, 96)):
         with Image.open(tmp_path / "run" / f"{name}.png") as page:
             width, height = page.size
-            assert rows * 84 < height < rows * 84 + 300 and 10 * 84 < width < 1600, name
+            assert rows * cell < height < rows * cell + 400 and columns * cell < width < 1600, name
             assert len(page.convert("L").getcolors()) > 50, name
 
 
@@ -543,6 +710,13 @@ def refused(main, argv, capsys, *words):
     (["--kl-weight", "-2"], ["--kl-weight", "0 or more"]),
     (["--preset", "huge"], ["quick", "laptop", "paper"]),
     (["--device", "tpu"], ["cpu", "cuda"]),
+    (["--joint", "signs", "--model", "cvae"], ["--joint", "--model cvae", "leave"]),
+    (["--latent-map", "mlp", "--model", "cvae-paired"], ["--latent-map", "--model cvae-paired"]),
+    (["--joint", "signs", "--latent-map", "mlp"], ["--joint signs", "--latent-map"]),
+    (["--baselines", "--model", "vae"], ["--baselines", "--model vae", "leave"]),
+    (["--condition", "digit"], ["--condition", "cvae"]),
+    (["--transfer", "canny", "shear_x", "--model", "cvae"], ["--transfer", "--model cvae"]),
+    (["--model", "gan"], ["gan", "cvae-paired"]),
     (["--data-dir", "nowhere"], ["mnist.npz is missing", "git checkout"]),
 ])
 def test_train_refuses(argv, words, capsys, tmp_path):

@@ -1,12 +1,14 @@
 """Train a LAVAE in three stages.
 
     stage 1   encoder, decoder   min  BCE(v, D(z)) + KL(q(z|v) || N(0, I)) over all views v   Eq. 5
+                                      (and a pinch of stage 2's error, so that there are maps)
     stage 2   L_1 .. L_K         min  |E(x) L_i - E(A_i x)|^2 + |I - L_i L_i|^2                Eq. 6
     stage 3   a new head D_B     min  BCE(view_B(x), D_B(view_L(E(x))))                        Eq. 7
 
     python train.py                                        # flips, then shear_x and canny: minutes
     python train.py --preset quick                         # a minute: for a lecture
     python train.py --augs rotate_cw flip_lr --transfer flip_lr flip_ud    # another pair
+    python train.py --baselines                            # and three models to compare it with
 
 Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run folder.
 """
@@ -28,36 +30,62 @@ from torch.optim.lr_scheduler import LambdaLR
 import lavae
 from adabelief import AdaBelief
 from augment import AUGMENTATIONS, DATA_DIR, DATASETS, all_views, load_images, views
-from lavae import LAVAE, bce, involution_error, kl, map_error, moments, pixels, sample
+from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, involution_error, kl, map_error, misfit, mmd,
+                   moments, pixels)
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=32, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
-    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
+    "quick": dict(filters=32, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3, map_weight=30),
+    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3, map_weight=30),
+    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3,
+                  map_weight=0),
+}
+MODELS = {  # --model
+    "lavae": "LAVAE",
+    "cvae": "CVAE, naive: told the view, shown them all",
+    "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
+    "vae": "VAE of originals only, maps between its codes of the views",
 }
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
+MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
+NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise were the same numbers
 
 # ---------------------------------------------------------------- the three stages
 
 
-def stage1(model: LAVAE, images: Tensor, settings: argparse.Namespace) -> list[dict]:
+def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
+           labels: Tensor | None = None) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device.
-    Returns the history: a dict an epoch with the mean loss, bce and kl, nats an image.
+    Returns the history: a dict an epoch with the mean loss, bce and kl, nats an image, and misfit.
+
+    Eq. 5 does not ask for latents that have maps. `map_weight` does: see `lavae.misfit`. (The paper
+    has no such term; 0 leaves it out.) A baseline is shown fewer views, and then more of each.
+    labels (N,) are for a CVAE that is told the digits.
     """
-    noise = torch.Generator(images.device).manual_seed(settings.seed)
+    noise = torch.Generator(images.device).manual_seed(settings.seed + NOISE)
+    seen = len(images) * images.shape[1]  # an epoch, by every model
+    images = images[model.shown]
+    parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
+    if settings.joint == "identity":
+        parameters += model.maps.parameters()
 
     def loss_of(index):
-        x = pixels(images[:, index]).flatten(0, 1)  # (B, 28, 28): all views of the images `index`
-        mu, logvar = model.encoder(x)
-        reconstruction, prior = bce(model.decoder(sample(mu, logvar, noise)), x), kl(mu, logvar)
+        x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
+        logits, mu, logvar = model(x, noise, *([] if labels is None else [labels[index]]))
+        reconstruction = bce(logits, x.flatten(0, 1))
+        prior = kl(mu, logvar) if settings.prior_loss == "kl" else mmd(mu, logvar, noise)
         loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
-        return {"loss": loss, "bce": reconstruction, "kl": prior}
+        terms = {"bce": reconstruction, "kl": prior}
+        if settings.map_weight and len(model.shown) > 1 and isinstance(model, LAVAE):
+            z, *others = singles(mu.unflatten(0, x.shape[:2]))
+            terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
+                               else sum(misfit(z, z_i) for z_i in others))
+            loss = loss + settings.map_weight * terms["misfit"]
+        return {"loss": loss, **terms}
 
-    parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
-    return fit(loss_of, images.shape[:2], parameters, settings.epochs, settings)
+    return fit(loss_of, images.shape[:2], parameters, settings.epochs, settings, seen)
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
@@ -91,6 +119,34 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     return history
 
 
+def stage2_ablations(model: LAVAE, latents: Sequence[Tensor],
+                     settings: argparse.Namespace) -> list[dict]:
+    """Stage 2 of the ablations; arguments and result as there.
+
+    An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
+    """
+    if not settings.joint:
+        fit(lambda index: {"loss": maps_loss(model, [z[index] for z in latents], settings)},
+            (1, len(latents[0])), [*model.maps.parameters()], MLP_EPOCHS, settings)
+    with torch.no_grad():
+        z = latents[0]
+        return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
+                 "involution": f.involution_error(z).item()}
+                for aug, f, z_i in zip(model.augs, model.maps, latents[1:])]
+
+
+def maps_loss(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> Tensor:
+    """Eq. 6 on a batch: E(x), E(A_1 x), .. E(A_K x), (B, latent_dim) each."""
+    z = latents[0]
+    return sum((f(z) - z_i).square().mean() + settings.involution_weight * f.involution_error(z)
+               for f, z_i in zip(model.maps, latents[1:]))
+
+
+def singles(views: Sequence) -> list:
+    """Of 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
+    return [view for i, view in enumerate(views) if i.bit_count() <= 1]
+
+
 def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
            settings: argparse.Namespace) -> list[dict]:
     """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
@@ -119,22 +175,24 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
 
 
 def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
-        parameters: list[Tensor], epochs: int, settings: argparse.Namespace) -> list[dict]:
+        parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
+        seen: int | None = None) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
-    A batch holds all views of some images, so that no step favours a view. The terms of
-    the loss stay on the device until the epoch ends.
+    A batch holds all views of some images, so that no step favours a view; an epoch shows `seen`
+    views, or each of them once. The terms of the loss stay on the device until the epoch ends.
     """
     n_views, n = shape
-    per_batch = max(1, settings.batch_size // n_views)
-    steps = epochs * math.ceil(n / per_batch)
+    per_batch, per_epoch = max(1, settings.batch_size // n_views), (seen or n_views * n) // n_views
+    steps = epochs * math.ceil(per_epoch / per_batch)
     optimizer = AdaBelief(parameters, lr=settings.lr)
     schedule = LambdaLR(optimizer, lambda step: one_cycle((step + 0.5) / steps))
-    order, device = torch.Generator().manual_seed(settings.seed), parameters[0].device
-    history, progress = [], Progress(epochs * n * n_views)
+    order, device = torch.Generator().manual_seed(settings.seed + ORDER), parameters[0].device
+    history, progress = [], Progress(epochs * per_epoch * n_views)
     for epoch in range(1, epochs + 1):
-        sums = {}
-        for index in torch.randperm(n, generator=order).to(device).split(per_batch):
+        sums, rounds = {}, range(math.ceil(per_epoch / n))
+        indices = torch.cat([torch.randperm(n, generator=order) for _ in rounds])[:per_epoch]
+        for index in indices.to(device).split(per_batch):
             terms = loss_of(index)
             optimizer.zero_grad()
             terms["loss"].backward()
@@ -143,7 +201,8 @@ def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() * len(index)
             progress.add(len(index) * n_views, f"epoch {epoch}/{epochs}", terms["loss"])
-        history.append({"epoch": epoch, **{key: float(value) / n for key, value in sums.items()}})
+        means = {key: float(value) / per_epoch for key, value in sums.items()}
+        history.append({"epoch": epoch, **means})
         history[-1]["images_per_second"] = round(progress.end_epoch(history[-1]["loss"]))
     return history
 
@@ -192,7 +251,7 @@ def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
 COUNT = bounded(int, lambda v: v >= 1, "a whole number, 1 or more")
 RATE = bounded(float, lambda v: 0 < v < math.inf, "a number above 0")
 WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
-SEED = bounded(int, lambda v: 0 <= v < 2 ** 63, "a whole number, 0 or more")
+SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -200,6 +259,10 @@ def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(  # without a usage line, an error is one line
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
+    add("--model", choices=MODELS, default="lavae", help="(default lavae)\n" + "\n".join(
+        f"{name}: {words}" for name, words in MODELS.items()))
+    add("--baselines", action="store_true",
+        help="train the LAVAE, and the other models in folders inside its run folder")
     add("--augs", nargs="+", choices=AUGMENTATIONS, default=["flip_lr", "flip_ud"], metavar="A",
         help=f"augmentations to learn, in the order in which they compose\n"
              f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}")
@@ -218,14 +281,25 @@ def parser_of() -> argparse.ArgumentParser:
     add("--lr", type=RATE, metavar="X", help="the learning rate's peak in stages 1 and 3")
     add("--kl-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
     add("--recon-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
+    add("--map-weight", type=WEIGHT, metavar="X",
+        help="of the maps' misfit in stage 1; 0 leaves Eq. 5 as the paper has it")
     add("--involution-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 2 (default 1)")
+    add("--condition", choices=["view", "digit", "both"],
+        help="what --model cvae is told (default view)")
+    add("--latent-map", choices=LATENT_MAPS, default="linear",
+        help="an MLP in the place of each L: an ablation (default linear)")
+    add("--joint", choices=["identity", "signs"],
+        help="an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. 6; the maps start at I,\n"
+             "or stay at diagonals of +-1")
+    add("--prior-loss", choices=["kl", "mmd"], default="kl", help="in stage 1 (default kl)")
     add("--dataset", choices=DATASETS, default="mnist",
         help="mnist lies in the repository, the others are downloaded (default mnist)")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
     add("--out", type=Path, metavar="DIR",
-        help="the run folder (default runs/ and the names of --augs, joined by +)")
+        help="the run folder (default runs/ and the names of --augs, joined by +;\n"
+             "a baseline's name before them)")
     return parser
 
 
@@ -235,8 +309,22 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     settings = parser.parse_args(argv)
     if settings.no_transfer and settings.transfer:
         parser.error("--transfer and --no-transfer exclude each other: leave one out")
+    for option, given, models in (
+            ("--baselines", settings.baselines, ["lavae"]), ("--joint", settings.joint, ["lavae"]),
+            ("--transfer", settings.transfer, ["lavae", "vae"]),
+            ("--latent-map", settings.latent_map != "linear", ["lavae", "vae"]),
+            ("--condition", settings.condition, ["cvae"])):
+        if given and settings.model not in models:
+            parser.error(f"{option} does not go with --model {settings.model}, only with "
+                         f"{' and '.join(models)}: leave one out")
+    if settings.joint == "signs" and settings.latent_map != "linear":
+        parser.error("--joint signs is a start for linear maps: leave --latent-map out")
+    if settings.joint and not settings.map_weight:
+        parser.error("--joint needs a --map-weight above 0")
+    settings.condition = settings.condition or "view"
     if settings.transfer is None:
-        default = len(settings.augs) == 2 and not settings.no_transfer
+        default = (settings.model == "lavae" and len(settings.augs) == 2
+                   and not settings.no_transfer)
         settings.transfer = [["shear_x", "canny"]] if default else []
     for names in settings.transfer:
         if len(names) != len(settings.augs):
@@ -245,8 +333,26 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     for names in (settings.augs, settings.transfer, *settings.transfer):
         if any(names.count(name) > 1 for name in names):
             parser.error("--augs and --transfer: the same is named twice, name it once")
-    settings.out = settings.out or Path("runs") / "+".join(settings.augs)
+    prefix = "" if settings.model == "lavae" else settings.model + "-"
+    settings.out = settings.out or Path("runs") / (prefix + "+".join(settings.augs))
     return settings
+
+
+def with_baselines(settings: argparse.Namespace) -> list[argparse.Namespace]:
+    """The settings of the LAVAE, and the same for the baselines, in folders inside its own."""
+    plain = dict(latent_map="linear", joint=None, transfer=[])
+    return [settings, *(argparse.Namespace(**vars(settings) | plain | {
+        "model": name, "out": settings.out / name}) for name in MODELS if name != "lavae")]
+
+
+def is_done(settings: argparse.Namespace) -> bool:
+    """Whether the run folder holds a finished model of the same settings."""
+    try:
+        was, now = lavae.load(settings.out).settings, vars(settings)
+    except (OSError, ValueError):
+        return False
+    elsewhere = ("out", "preset", "device", "data_dir", "baselines", "no_transfer")
+    return all(was.get(key) == value for key, value in now.items() if key not in elsewhere)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -255,11 +361,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_of(parser, argv)
     try:
         device = lavae.pick_device(settings.device)
-        x_train = load_images(settings.dataset, settings.data_dir)[0]
-        prepare(settings.out)
+        x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
+        runs = with_baselines(settings) if settings.baselines else [settings]
+        for one in runs:
+            prepare(one.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    run(x_train, device, settings)
+    for one in runs:
+        if settings.baselines and is_done(one):
+            print(f"{one.out} is there already, with the same settings: kept")
+        else:
+            run(x_train, y_train, device, one)
+    print(f"now: python evaluate.py {settings.out}")
 
 
 def prepare(out: Path) -> None:
@@ -280,11 +393,29 @@ def tune_for_cpu(model: LAVAE) -> None:
     torch.empty(31 * 2 ** 20, dtype=torch.uint8)
 
 
-def run(x_train: np.ndarray, device: torch.device, settings: argparse.Namespace) -> None:
-    """The three stages, one after the other; writes model.pt and metrics.json."""
+def build(settings: argparse.Namespace) -> LAVAE | CVAE:
+    """The untrained model."""
+    size = dict(latent_dim=settings.latent_dim, filters=settings.filters)
+    if settings.model.startswith("cvae"):
+        told = settings.condition if settings.model == "cvae" else "paired"
+        return CVAE(settings.augs, told, **size)
+    model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
+                  originals_only=settings.model == "vae", **size)
+    if settings.joint == "signs":  # every pattern of signs in as many directions
+        for i, latent_map in enumerate(model.maps):
+            signs = [-1.0 if j >> i & 1 else 1.0 for j in range(settings.latent_dim)]
+            latent_map.L.data.copy_(torch.diag(torch.tensor(signs)))
+    return model
+
+
+def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
+        settings: argparse.Namespace) -> None:
+    """The three stages, one after the other; writes model.pt and metrics.json.
+
+    x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
+    """
     torch.manual_seed(settings.seed)
-    model = LAVAE(settings.augs, settings.transfer, settings.latent_dim, settings.filters)
-    model.to(device)
+    model = build(settings).to(device)
     if device.type == "cpu":
         tune_for_cpu(model)
     config = {key: str(value) if isinstance(value, Path) else value
@@ -293,40 +424,44 @@ def run(x_train: np.ndarray, device: torch.device, settings: argparse.Namespace)
 
     def timed(name, f, *arguments):
         start = time.perf_counter()
-        result = f(*arguments)
+        history[name] = f(*arguments)
         seconds[name] = round(time.perf_counter() - start, 2)
-        return result
+        return history[name]
 
     def tensors(augs):  # the views of the training images, uint8 (2^K, N, 28, 28)
         return torch.from_numpy(np.stack(all_views(x_train, augs))).to(device)
 
     images = tensors(settings.augs)
-    print(f"LAVAE, {' and '.join(settings.augs)}, on {settings.dataset}: {settings.preset} preset, "
-          f"{device}, seed {settings.seed}\n"
-          f"stage 1: encoder and decoder learn to reconstruct {len(images)} views of "
-          f"{len(x_train):,} images")
-    history["stage 1"] = timed("stage 1", stage1, model, images, settings)
+    print(f"{MODELS[settings.model]}: {' and '.join(settings.augs)}, on {settings.dataset}; "
+          f"{settings.preset} preset, {device}, seed {settings.seed}\n"
+          f"stage 1: encoder and decoder learn to draw {len(model.shown)} of {len(images)} views "
+          f"of {len(x_train):,} images")
+    if isinstance(model, CVAE):
+        labels = torch.from_numpy(y_train).long().to(device)
+        timed("stage 1", stage1, model, images, settings, labels)
+    else:
+        timed("stage 1", stage1, model, images, settings)
 
-    print("stage 2: a matrix for each augmentation learns from pairs; compositions are not shown")
-    singles = [0, *(2 ** i for i in range(len(settings.augs)))]  # x, A_1 x .. A_K x among the views
-    latents = timed("encoding", lambda: [model.encode(images[i]) for i in singles])
-    history["stage 2"] = timed("stage 2", stage2, model, latents, settings)
-    for row in history["stage 2"]:
-        print("  {map}: error of a latent {error:.4f} (least squares {least_squares:.4f}), "
-              "|I - L L|^2 {involution:.1e}".format(**row))
+        print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
+        latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
+        linear = settings.latent_map == "linear" and not settings.joint
+        learn = stage2 if linear else stage2_ablations
+        for row in timed("stage 2", learn, model, latents, settings):
+            print("  " + ", ".join(f"{key} {value if key == 'map' else format(value, '.2g')}"
+                                   for key, value in row.items()))
 
-    with torch.no_grad():
-        z = torch.stack(views(latents[0], model.maps))
-    for names in settings.transfer:
-        print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
-        name, images = "stage 3, " + "+".join(names), tensors(names)
-        history[name] = timed(name, stage3, model, names, z, images, settings)
+        with torch.no_grad():
+            z = torch.stack(views(latents[0], model.maps))
+        del history["encoding"]
+        for names in settings.transfer:
+            print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
+            timed("stage 3, " + "+".join(names), stage3, model, names, z, tensors(names), settings)
 
     lavae.save(model, settings.out / "model.pt", config)
     metrics = {"config": config, "seconds": seconds, "history": history,
                "images_per_second": history["stage 1"][-1]["images_per_second"]}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(f"done in {sum(seconds.values()):.0f} s; now: python evaluate.py {settings.out}")
+    print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
 
 if __name__ == "__main__":
