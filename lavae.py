@@ -177,18 +177,19 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
-def misfit(z: Tensor, z_i: Tensor) -> Tensor:
-    """How far a batch is from having a map: mean over images and latents of (z L - z_i)^2, Eq. 6,
-    with the best L for this batch, by least squares. z = E(x) and z_i = E(A_i x), (B, d) each.
+def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
+    """How far a batch is from having maps: mean over images and latents of (z L_i - z_i)^2, Eq. 6,
+    with the best L_i for this batch, summed over i. z = E(x) and z_i = E(A_i x), (B, d) each.
 
     Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
     tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
     """
+    targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():  # at the best L the loss does not change with L
         G = z.T @ z
         G.diagonal().add_(1e-3 * G.diagonal().mean())
-        L = torch.linalg.inv_ex(G).inverse @ (z.T @ z_i)
-    return (z @ L - z_i).square().mean()
+        L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)
+    return (z @ L - targets).square().sum() / z.numel()
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -367,7 +367,8 @@ def test_misfit_is_the_least_squares_error_and_has_its_gradient():
     generator = torch.Generator().manual_seed(0)
     z, noise = torch.randn(2, 64, 8, generator=generator, dtype=torch.double)
     M = torch.randn(8, 8, generator=generator, dtype=torch.double)
-    assert lavae.misfit(z, z @ M) < 1e-4
+    assert lavae.misfit(z, z @ M, z) < 1e-4
+    assert lavae.misfit(z, noise, noise).item() == pytest.approx(2 * lavae.misfit(z, noise).item())
     z_i = (z @ M + noise).requires_grad_()
     z.requires_grad_()
     expected = (z @ torch.linalg.lstsq(z, z_i).solution - z_i).square().mean()

@@ -81,7 +81,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
         if settings.map_weight and len(model.shown) > 1 and isinstance(model, LAVAE):
             z, *others = singles(mu.unflatten(0, x.shape[:2]))
             terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
-                               else sum(misfit(z, z_i) for z_i in others))
+                               else misfit(z, *others))
             loss = loss + settings.map_weight * terms["misfit"]
         return {"loss": loss, **terms}
 
