@@ -13,11 +13,12 @@ function of the image: that is what lets a linear map of the latent space learn 
 import argparse
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------- views
 
@@ -273,6 +274,58 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
         raise OSError(f"cannot download {dataset} to {data_dir}: check the network, remove what is "
                       f"left there, try again ({error})".replace("\n", " ")) from error
     return tuple(a for p in parts for a in (p.data.numpy(), p.targets.numpy().astype(np.uint8)))
+
+
+def like_mnist(path: str | Path) -> np.ndarray:
+    """A picture of one digit as MNIST has it, uint8 (28, 28): white on black, in a box of 20x20,
+    the centre of its mass in the middle.
+
+    Any size up to 50 megapixels, colour or grey, dark on light or light on dark, with transparency,
+    turned as its EXIF says: the ink is what differs from the border.
+
+    Raises ValueError: no picture, an empty or a huge one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                if file.width * file.height > 50_000_000:
+                    raise Image.DecompressionBombError
+                picture = ImageOps.exif_transpose(file)
+                grey = _grey(picture)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has more than 50 megapixels: make it smaller") from error
+    except Exception as error:  # a broken file may raise anything
+        raise ValueError(f"{path} is no picture that can be read") from error
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ink = np.abs(grey - np.median(border))
+    if ink.max() < 8:
+        raise ValueError(f"{path} is empty: all of it has nearly one value")
+    ink = (ink / ink.max() - 0.2).clip(0) / 0.8  # paper is not quite even
+    rows, columns = np.flatnonzero(ink.max(1)), np.flatnonzero(ink.max(0))
+    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    size = [max(1, round(side * 20 / max(ink.shape))) for side in ink.shape]
+    box = np.asarray(Image.fromarray(np.rint(255 * ink).astype(np.uint8)).resize(
+        size[::-1], Image.Resampling.BOX if max(ink.shape) > 20 else Image.Resampling.BICUBIC))
+    box = np.minimum(box * (255 / box.max()), 255).astype(np.uint8)
+    out = np.zeros((28, 28), np.uint8)
+    mass = box.sum()
+    y, x = (round(13.5 - (box.sum(axis) @ np.arange(n)) / mass)
+            for axis, n in ((1, size[0]), (0, size[1])))
+    y, x = min(max(y, 0), 28 - size[0]), min(max(x, 0), 28 - size[1])
+    out[y:y + size[0], x:x + size[1]] = box
+    return out
+
+
+def _grey(picture):  # floats from 0 to 255; what is transparent is black or white, as is clearer
+    if picture.mode.startswith(("I", "F")):  # 16 bits and more
+        grey = np.asarray(picture, np.float64)
+        return (grey - grey.min()) * (255 / max(1, np.ptp(grey)))
+    picture = picture.convert("RGBA")
+    grounds = [Image.new("RGBA", picture.size, colour) for colour in ("white", "black")]
+    layers = [np.asarray(Image.alpha_composite(ground, picture).convert("L"), np.float64)
+              for ground in grounds]
+    return max(layers, key=np.std)
 
 
 # ---------------------------------------------------------------- pictures

@@ -15,8 +15,12 @@ an image, from posterior means, without sampling.
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -27,9 +31,9 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (DATA_DIR, all_views, grid, load_images, one_of_each, view_names,
-                     views)
-from lavae import CVAE, LAVAE, LatentMap, bce, pixels
+from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, all_views, grid, like_mnist, load_images,
+                     one_of_each, view_names, views)
+from lavae import CVAE, LAVAE, LatentMap, bce, matrix_power, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
@@ -201,7 +205,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]]) -> None:
-    """Rows of (label, cells) under column heads; a cell is a number, a text, or None for nothing."""
+    """Rows of (label, cells) under column heads; a cell is a number, a text, or None: nothing."""
     first = 2 + max(len(text) for text in (title, *(label for label, _ in rows)))
     cells = [["" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values]
              for _, values in rows]
@@ -266,19 +270,187 @@ def report_seeds(augs: Sequence[str], results: Sequence[dict]) -> None:
         if len(found) > 1:
             values = [[row[c] for row in found] for c in columns[:-1]]
             values.append([100 * statistics.mean(row["identity"].values()) for row in found])
-            rows.append((f"{LABELS[name]}, {len(found)} runs", [
-                f"{statistics.mean(v):.2f} +- {statistics.stdev(v):.2f}" for v in values]))
+            rows.append((f"{LABELS[name]}, {len(found)} runs", [spread(v) for v in values]))
     if rows:
         print_table(f"{' and '.join(augs)}, mean +- sd", columns, rows)
+    ours = [result["lavae"] for result in results if "lavae" in result]
+    if len(ours) > 1:
+        print("LAVAE, direct, total:", spread([sum(row["direct"].values()) for row in ours]))
+        print("LAVAE, reverse less composition:",
+              spread([row["reverse"] - row[view_names(augs)[-1]] for row in ours]))
+        print("LAVAE, separability, %:", spread([100 * row["separability"] for row in ours]))
+        for target in results[0].get("transfer", {}):
+            totals = [result["transfer"][target]["total"] for result in results
+                      if target in result.get("transfer", {})]
+            if len(totals) > 1:
+                print(f"LAVAE, transfer to {target}, total:", spread(totals))
 
 
-# ---------------------------------------------------------------- figures
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, as text."""
+    return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+
+
+# ---------------------------------------------------------------- projections to the plane
+
+
+def pca(x: np.ndarray, k: int = 2) -> np.ndarray:
+    """The k directions of the largest variance: (N, d) to scores (N, k), by SVD."""
+    x = x - x.mean(0)
+    _, _, directions = np.linalg.svd(x, full_matrices=False)
+    directions = directions[:k]
+    largest = np.abs(directions).argmax(1)  # whose sign is +, so that figures do not flip
+    return x @ (directions * np.sign(directions[np.arange(k), largest])[:, None]).T
+
+
+def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
+    """The k independent components, (N, d) to (N, k) of unit variance: FastICA, log cosh.
+
+    The first k principal components, made white, are turned until none looks more normal than it
+    must: w <- E[x g(w x)] - E[g'(w x)] w for each direction, then all made orthogonal again.
+    """
+    white = pca(x.astype(np.float64), k)
+    white /= white.std(0)
+    W = np.linalg.qr(np.random.default_rng(seed).standard_normal((k, k)))[0]
+    for _ in range(1000):
+        g = np.tanh(white @ W.T)
+        new = g.T @ white / len(white) - (1 - g ** 2).mean(0)[:, None] * W
+        u, _, v = np.linalg.svd(new)
+        new = u @ v  # (W W^T)^(-1/2) W
+        moved = np.abs(1 - np.abs((new * W).sum(1))).max()
+        W = new
+        if moved < 1e-10:
+            break
+    return white @ W.T
+
+
+def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray:
+    """Exact t-SNE, (N, d) to (N, 2): neighbours stay neighbours, distances mean little.
+
+    P from Gaussians whose width gives each point `perplexity` neighbours; Q from Student's t in the
+    plane; gradient descent on KL(P || Q) with momentum and gains, the first 250 steps with 12 P.
+    Starts at the principal components. N^2 work and memory a step: thousands of points, no more.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    n = len(x)
+    distances = torch.cdist(x, x).square()
+    distances.fill_diagonal_(math.inf)
+    low, high, beta = torch.zeros(n, 1), torch.full((n, 1), math.inf), torch.ones(n, 1)
+    beta /= distances[distances.isfinite()].mean()
+    nearest = distances.min(1, keepdim=True).values
+    for _ in range(50):  # bisect for the widths: entropy = log(perplexity)
+        p = torch.exp(-beta * (distances - nearest))
+        total = p.sum(1, keepdim=True)
+        p /= total
+        surprise = beta * (distances - nearest).nan_to_num(0, 0)
+        entropy = total.log() + (p * surprise).sum(1, keepdim=True)
+        narrow = entropy > math.log(perplexity)  # the Gaussian must become narrower
+        low, high = torch.where(narrow, beta, low), torch.where(narrow, high, beta)
+        beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
+    P = ((p + p.T) / (2 * n)).clamp_(min=1e-12)
+
+    y = torch.from_numpy(pca(x.numpy(), 2).astype(np.float32))
+    y *= 1e-4 / y[:, 0].std()
+    velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    for step in range(steps):
+        early = step < 250
+        t = 1 / (1 + torch.cdist(y, y, compute_mode="use_mm_for_euclid_dist").square_())
+        t.fill_diagonal_(0)
+        pull = torch.sub(P * (12 if early else 1), t / t.sum()).mul_(t)
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        same = (gradient * velocity) > 0
+        gains = torch.where(same, gains * 0.8, gains + 0.2).clamp_(min=0.01)
+        velocity = (0.5 if early else 0.8) * velocity - lr * gains * gradient
+        y += velocity
+    return (y - y.mean(0)).numpy()
+
+
+# ---------------------------------------------------------------- figures: what they share
 
 
 @torch.no_grad()
 def draw(decoder: nn.Module, z: Tensor) -> np.ndarray:
     """Latents (N, latent_dim) to pictures, uint8 (N, 28, 28)."""
     return (decoder(z).sigmoid() * 255).round().byte().cpu().numpy()
+
+
+@dataclass
+class Scene:
+    """What figures are made from: a run, measured, and the digits that all of them show."""
+    run: Path
+    models: dict[str, LAVAE | CVAE]  # by the name of --model
+    data: Sequence[np.ndarray]  # as load_images gives it
+    digits: np.ndarray  # uint8 (n, 28, 28), one image of each class
+    labels: np.ndarray  # (n,), their classes
+    device: torch.device
+    seed: int
+
+    @cached_property
+    def result(self) -> dict:
+        """What evaluation.json holds: measured when it is first asked for."""
+        rows = {name: measure_baseline(model, *self.data[2:], self.device)
+                for name, model in self.models.items() if name != "lavae"}
+        if "lavae" not in self.models:
+            return rows
+        ours = measure(self.models["lavae"], self.data, self.device)
+        return ours | ({"baselines": rows} if rows else {})
+
+    @property
+    def columns(self) -> list[str]:
+        return [str(label) for label in self.labels]
+
+    @property
+    def augs(self) -> list[str]:
+        return next(iter(self.models.values())).augs
+
+    @property
+    def names(self) -> list[str]:
+        return view_names(self.augs)
+
+    def model(self, name: str = "lavae") -> LAVAE | CVAE:
+        """The model of that name. Raises LookupError: it is not there."""
+        if name not in self.models:
+            raise LookupError(f"needs the model {name}: train it with `python train.py --baselines`"
+                              if name != "lavae" else "needs a LAVAE")
+        return self.models[name]
+
+    def linear(self) -> LAVAE:
+        """The LAVAE. Raises LookupError: its maps are not matrices."""
+        if not isinstance(self.model().maps[0], LatentMap):
+            raise LookupError("needs linear maps: train without --latent-map")
+        return self.model()
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """Latents of uint8 images (N, 28, 28)."""
+        return self.model().encode(torch.from_numpy(images).to(self.device))
+
+    def through_maps(self, z: Tensor) -> list[np.ndarray]:
+        """What latents (N, latent_dim) give as each view: pictures, uint8 (N, 28, 28)."""
+        model = self.model()
+        return [draw(model.decoder, model.to_view(z, v)) for v, _ in enumerate(self.names)]
+
+    def through_maps_rows(self, z: Tensor) -> list[tuple[str, np.ndarray]]:
+        """The same as rows of a grid, the reverse composition last."""
+        rows = list(zip((f"D(z{L})" for L in self.products), self.through_maps(z)))
+        back = "".join(f" L{i}" for i in range(len(self.augs), 0, -1))
+        return rows + [(f"D(z{back})", draw(self.model().decoder, reverse(self.model(), z)))]
+
+    @property
+    def products(self) -> list[str]:
+        """What is written behind z for each view: "", " L1", " L2", " L1 L2"."""
+        return views("", [lambda s, i=i: f"{s} L{i}" for i in range(1, len(self.augs) + 1)])
+
+
+FIGURES: dict[str, tuple[Callable, str]] = {}  # name: what draws it, what it shows
+
+
+def figure(words: str) -> Callable:
+    """Enter a function in FIGURES. It takes a Scene and returns a page, a list of pages (a GIF), or
+    pages by name. It raises LookupError where the run lacks what it needs."""
+    def enter(f):
+        FIGURES[f.__name__] = (f, words)
+        return f
+    return enter
 
 
 def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: tuple[Sequence, Sequence]) -> list:
@@ -289,60 +461,63 @@ def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: tuple[Sequence, S
     return rows[1:]
 
 
-def figures(model: LAVAE, digits: np.ndarray, columns: Sequence[str],
-            device: torch.device) -> dict[str, Image.Image]:
-    """Figs. 3, 4 and 6 by file name, and any view to any, for images uint8 (N, 28, 28)."""
-    names, titles = view_names(model.augs), " and ".join(model.augs)
-    images = tensors(digits, model.augs, device)
-    encoded = [model.encode(v) for v in images]
-    latents = [model.to_view(encoded[0], v) for v, _ in enumerate(names)]
-    origins = [model.from_view(z, v) for v, z in enumerate(encoded)]
-    products = views("", [lambda s, i=i: f"{s} L{i}" for i in range(1, len(model.maps) + 1)])
-    inverses = [f"({L.strip()})^-1" if L.count("L") > 1 else f"{L.strip()}^-1" for L in products]
-    back = f"D(E(x){''.join(f' L{i}' for i in range(len(model.maps), 0, -1))})"
-
-    def redrawn(decoder, D, augs):
-        return view_rows(augs, digits, ([f"{D}(E(x){L})" for L in products],
-                                        [draw(decoder, z) for z in latents]))
-
-    undone = [((f"v = {name}", v.cpu().numpy()), (f"D(E(v) {inv})", draw(model.decoder, z)), None)
-              for name, v, inv, z in zip(names, images, inverses, origins)][1:]
-    pages = {
-        "fig3_views": grid(f"Augment in latent space: {titles}", columns, [
-            *redrawn(model.decoder, "D", model.augs), None,
-            (f"reverse {back}", draw(model.decoder, reverse(model, encoded[0])))]),
-        "fig4_inverses": grid(f"Back to the original: {titles}", columns, [
-            ("orig", digits), ("D(E(x))", draw(model.decoder, encoded[0])), None,
-            *(row for rows in undone for row in rows)][:-1])}
-    for (key, head), augs in zip(model.heads.items(), model.transfers):
-        pages[f"fig6_{key}"] = grid(f"Same latents, new decoder: {titles} to {' and '.join(augs)}",
-                                    columns, redrawn(head, "D_B", augs))
-    one = len(digits) * 7 // 10  # of ten digits the 7: no flip of it looks like another digit
-    pages["any_to_any"] = grid(
-        "Any view to any view: D(E(v) L_from^-1 L_to)", ["v", *(f"to {name}" for name in names)], [
-            (f"from {name}", [v[one].cpu().numpy(), *(
-                draw(model.decoder, model.to_view(z[one:one + 1], t))[0]
-                for t, _ in enumerate(names))])
-            for name, v, z in zip(names, images, origins)], cell=168)
-    return pages
+COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14),
+           (23, 190, 207), (227, 119, 194), (127, 127, 127)]
 
 
-def comparison(models: dict[str, LAVAE | CVAE], digits: np.ndarray, labels: np.ndarray,
-               columns: Sequence[str], device: torch.device) -> dict[str, Image.Image]:
-    """Figs. 8 and 9 by file name, as far as their models are there."""
-    augs = next(iter(models.values())).augs
-    drawn = {name: [draw(model.decoder, z) for z in latents_of_views(model, digits, labels, device)]
-             for name, model in models.items()}
-    pages = {}
-    if "cvae" in drawn:
-        pages["fig8_cvae"] = grid("Naive CVAE: the condition changed", columns, view_rows(
-            augs, digits, ([f"D(z, {name})" for name in view_names(augs)], drawn["cvae"])))
-    if "cvae-paired" in drawn and "lavae" in drawn:
-        pages["fig9_paired_cvae"] = grid(
-            "CVAE trained like a LAVAE, and the LAVAE", columns, view_rows(augs, digits, *(
-                (len(drawn[name]) * [LABELS[name].split(",")[0]], drawn[name])
-                for name in ("cvae-paired", "lavae"))))
-    return pages
+def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: int = 420,
+          scales: bool = False) -> Image.Image:
+    """Rows of panels (heading, series) under a title and a legend.
+
+    A series is (label, points (N, 2), "dots" or "line"); labels have the same colour in all panels.
+    scales: write the ends of both axes.
+    """
+    small, label_font, title_font = (ImageFont.load_default(size) for size in (20, 24, 32))
+    labels = list(dict.fromkeys(
+        label for row in panels for _, series in row for label, *_ in series))
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    gap, top = 64 if scales else 24, 124
+    width = max(gap + (side + gap) * max(map(len, panels)),
+                48 + math.ceil(title_font.getlength(title)),
+                48 + sum(math.ceil(label_font.getlength(label)) + 52 for label in labels))
+    page = Image.new("RGB", (width, top + (side + 52 + gap // 2) * len(panels)), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((24, 24), title, "black", title_font)
+    x = 24
+    for label in labels:
+        pen.ellipse((x, 82, x + 14, 96), fill=colours[label])
+        pen.text((x + 22, 89), label, "black", label_font, "lm")
+        x += 52 + math.ceil(label_font.getlength(label))
+    for j, row in enumerate(panels):
+        for i, (heading, series) in enumerate(row):
+            x0, y0 = gap + i * (side + gap), top + 36 + j * (side + 52 + gap // 2)
+            pen.text((x0 + side // 2, y0 - 10), heading, "black", label_font, "ms")
+            pen.rectangle((x0, y0, x0 + side, y0 + side), outline="silver")
+            every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
+            low, high = every.min(0), every.max(0)
+            span = np.where(high > low, high - low, 1)
+            for label, points, style in series:
+                at = (np.asarray(points, float) - low) / span * (side - 24) + 12
+                at = [(x0 + x, y0 + side - y) for x, y in at]
+                if style == "line":
+                    pen.line(at, colours[label], 4, "curve")
+                for x, y in at if style == "dots" or len(at) < 20 else []:
+                    r = 3 if style == "dots" else 5
+                    pen.ellipse((x - r, y - r, x + r, y + r), fill=colours[label])
+            if scales:
+                pen.text((x0, y0 + side + 4), f"{low[0]:.3g}", "black", small)
+                pen.text((x0 + side, y0 + side + 4), f"{high[0]:.3g}", "black", small, "ra")
+                pen.text((x0 - 4, y0 + side), f"{low[1]:.3g}", "black", small, "rb")
+                pen.text((x0 - 4, y0), f"{high[1]:.3g}", "black", small, "ra")
+    return page
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pages as one."""
+    page = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+    page.paste(left, (0, 0))
+    page.paste(right, (left.width, 0))
+    return page
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Image.Image:
@@ -389,39 +564,277 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
     return page
 
 
+# ---------------------------------------------------------------- the paper's figures
+
+
+@figure("Fig. 3: every view drawn from the original's latent")
+def fig3_views(s):
+    z = s.encode(s.digits)
+    back = "".join(f" L{i}" for i in range(len(s.augs), 0, -1))
+    return grid(f"Augment in latent space: {' and '.join(s.augs)}", s.columns, [
+        *view_rows(s.augs, s.digits, ([f"D(E(x){L})" for L in s.products], s.through_maps(z))),
+        None, (f"reverse D(E(x){back})", draw(s.model().decoder, reverse(s.model(), z)))])
+
+
+@figure("Fig. 4: every view back to the original")
+def fig4_inverses(s):
+    model = s.model()
+    rows = [("orig", s.digits), ("D(E(x))", draw(model.decoder, s.encode(s.digits)))]
+    for v, (name, view, L) in enumerate(zip(s.names, all_views(s.digits, s.augs), s.products)):
+        if v:
+            inverse = f"({L.strip()})^-1" if L.count("L") > 1 else f"{L.strip()}^-1"
+            z = model.from_view(s.encode(view), v)
+            rows += [None, (f"v = {name}", view), (f"D(E(v) {inverse})", draw(model.decoder, z))]
+    return grid(f"Back to the original: {' and '.join(s.augs)}", s.columns, rows)
+
+
+@figure("Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane")
+def fig5_recursion(s, rounds=7):
+    model, x, rows, path = s.model(), s.digits, [("x", s.digits)], [s.encode(s.digits)]
+    for k in range(1, rounds + 1):
+        x = draw(model.decoder, model.maps[0](s.encode(x)))
+        rows.append((f"round {k}", x))
+        path.append(s.encode(x))
+    path = torch.stack(path).cpu().numpy()  # (rounds + 1, n, latent_dim)
+    drift = np.linalg.norm(path[2 * (rounds // 2)] - path[0], axis=1)  # after an even number
+    stable, unstable = drift.argmin(), drift.argmax()
+    latents = [s.encode(v[:400]).cpu().numpy() for v in all_views(s.data[2], s.augs)]
+    plane = fast_ica(np.concatenate([*latents, path[:, stable], path[:, unstable]]))
+    parts = np.split(plane, np.cumsum([400] * len(latents) + [rounds + 1]))
+    series = [(name, part, "dots") for name, part in zip(s.names, parts)]
+    series += [(f"path of the {s.columns[i]}", part, "line")
+               for i, part in zip((stable, unstable), parts[len(latents):])]
+    return beside(grid(f"x <- D(E(x) L1), again and again: {s.augs[0]}", s.columns, rows, cell=72),
+                  chart("Test latents and two paths, ICA", [[("", series)]], side=600))
+
+
+@figure("Fig. 6: the same latents drawn by the decoder of each transfer")
+def fig6_transfer(s):
+    model, z = s.model(), s.encode(s.digits)
+    if not model.transfers:
+        raise LookupError("needs a transfer: train with --transfer")
+    latents = [model.to_view(z, v) for v, _ in enumerate(s.names)]
+    return {f"fig6_{key}": grid(
+        f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
+        view_rows(augs, s.digits, ([f"D_B(E(x){L})" for L in s.products],
+                                   [draw(head, z_v) for z_v in latents])))
+        for augs, (key, head) in zip(model.transfers, model.heads.items())}
+
+
+@figure("Fig. 8: the naive CVAE, its condition changed")
+def fig8_cvae(s):
+    model = s.model("cvae")
+    drawn = [draw(model.decoder, z) for z in latents_of_views(model, s.digits, s.labels, s.device)]
+    return grid("Naive CVAE: the condition changed", s.columns, view_rows(
+        s.augs, s.digits, ([f"D(z, {name})" for name in s.names], drawn)))
+
+
+@figure("Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE")
+def fig9_paired_cvae(s):
+    rows = []
+    for name, label in (("cvae-paired", "CVAE"), ("lavae", "LAVAE")):
+        latents = latents_of_views(s.model(name), s.digits, s.labels, s.device)
+        rows.append(([label] * len(latents), [draw(s.model(name).decoder, z) for z in latents]))
+    return grid("CVAE trained like a LAVAE, and the LAVAE", s.columns,
+                view_rows(s.augs, s.digits, *rows))
+
+
+@figure("Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE")
+def fig10_projections(s, n=250):
+    images = all_views(s.data[2][:n], s.augs)
+    z = s.encode(images[0])
+    clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
+              "latents E(view)": np.concatenate([s.encode(v).cpu().numpy() for v in images]),
+              "mapped E(x) L": np.concatenate([
+                  s.model().to_view(z, v).cpu().numpy() for v, _ in enumerate(images)])}
+    return chart(f"{n} test digits, all views", [[
+        (f"{cloud}, {name}", [(view, part, "dots") for view, part in zip(
+            s.names, np.split(project(points), len(images)))])
+        for cloud, points in clouds.items()]
+        for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=380)
+
+
+@figure("new digits: z uniform in the bounding box of the training originals' latents; its views")
+def sampling(s):
+    z = s.encode(s.data[0][:10_000])
+    box = torch.from_numpy(np.random.default_rng(s.seed).random((10, z.shape[1]), np.float32))
+    low, high = z.min(0).values, z.max(0).values
+    return grid("Sampled from the bounding box of the originals' latents", [""] * 10,
+                s.through_maps_rows(low + box.to(z) * (high - low)))
+
+
+@figure("from one test digit to another in a straight line, and its views")
+def interpolation(s):
+    z = s.encode(s.digits[[2 % len(s.digits), 7 % len(s.digits)]])
+    t = torch.linspace(0, 1, 10).to(z)[:, None]
+    return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)",
+                [f"{v:.2f}" for v in t[:, 0].tolist()],
+                s.through_maps_rows((1 - t) * z[0] + t * z[1]))
+
+
+# ---------------------------------------------------------------- more figures
+
+
+@figure("one digit from every view to every view")
+def any_to_any(s):
+    model, one = s.model(), len(s.digits) * 7 // 10  # of ten the 7: its views look all different
+    rows = []
+    for v, (name, view) in enumerate(zip(s.names, all_views(s.digits[one:one + 1], s.augs))):
+        pictures = s.through_maps(model.from_view(s.encode(view), v))
+        rows.append((f"from {name}", [view[0], *(picture[0] for picture in pictures)]))
+    return grid("Any view to any view: D(E(v) L_from^-1 L_to)",
+                ["v", *(f"to {name}" for name in s.names)], rows, 168 if len(rows) <= 4 else 72)
+
+
+@figure("the totals of Table I as bars")
+def table1(s):
+    rows, paper = models_of(s.result), PAPER_TABLE.get("+".join(s.augs), {})
+    if len(rows) < 2:
+        raise LookupError("needs baselines: train them with `python train.py --baselines`")
+    return bar_chart("Table I: total of all views, nats an image", [
+        (LABELS[name], row["total"], sum(paper[name]) if name in paper else None)
+        for name, row in rows.items()])
+
+
+@figure("the eigenvalues of each map around the unit circle")
+def eigenvalues(s):
+    return eigenvalue_plot(group(s.linear())["eigenvalues"])
+
+
+@figure("half an augmentation: L^t beside the blend (1 - t) I + t L")
+def partial_augmentation(s):
+    return partial(s, np.linspace(0, 1, 9), 84)
+
+
+@figure("the same, moving (GIF)")
+def partial_moving(s):
+    there = [partial(s, [t], 56) for t in np.linspace(0, 1, 13)]
+    return there + there[::-1]
+
+
+def partial(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
+    """D(E(x) L^t) and D(E(x) ((1 - t) I + t L)) of the first map, for each t."""
+    model = s.linear()
+    L = model.maps[0].L
+    z, unit, title = s.encode(s.digits), torch.eye(len(L)).to(L), f"Part of {s.augs[0]}"
+    powers = [draw(model.decoder, z @ matrix_power(L, t)) for t in ts]
+    blends = [draw(model.decoder, z @ ((1 - t) * unit + t * L)) for t in ts]
+    if len(ts) == 1:
+        return grid(f"{title}, t = {ts[0]:.2f}", s.columns, [
+            ("L^t", powers[0]), ("(1 - t) I + t L", blends[0])], cell)
+    rows = []
+    for i in range(2 % len(s.digits), len(s.digits), 2):
+        for label, drawn in (("L^t", powers), ("(1 - t) I + t L", blends)):
+            rows.append((f"{s.columns[i]}: {label}", [pictures[i] for pictures in drawn]))
+        rows.append(None)
+    return grid(title, [f"t = {t:.2f}" for t in ts], rows[:-1], cell)
+
+
+@figure("reconstructions beside their inputs, of digits that no other figure shows")
+def reconstructions(s):
+    x, rows = s.data[2][100:140], []
+    drawn = draw(s.model().decoder, s.encode(x))
+    for i in range(0, len(x), 10):
+        rows += [("x", x[i:i + 10]), ("D(E(x))", drawn[i:i + 10]), None]
+    return grid("Test images, and D(E(x)) beneath", [""] * 10, rows[:-1])
+
+
+@figure("new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them")
+def prior_samples(s):
+    z = np.random.default_rng(s.seed).standard_normal((60, s.model().latent_dim), np.float32)
+    drawn = draw(s.model().decoder, torch.from_numpy(z).to(s.device))
+    return grid("Samples of the prior, z ~ N(0, I)", [""] * 10,
+                [("", drawn[i:i + 10]) for i in range(0, 60, 10)])
+
+
+@figure("what each latent does: a row a dimension, from -3 to 3")
+def traversals(s):
+    z = s.encode(s.digits[2 % len(s.digits)][None])
+    steps = torch.linspace(-3, 3, 9).to(z)
+    rows = []
+    for i in range(z.shape[1]):
+        moved = z.repeat(len(steps), 1)
+        moved[:, i] = steps
+        rows.append((f"z{i + 1}", draw(s.model().decoder, moved)))
+    return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 56)
+
+
+@figure("the whole latent plane, decoded (--latent-dim 2 only)")
+def latent_plane(s, n=15):
+    if s.model().latent_dim != 2:
+        raise LookupError(f"needs a run with --latent-dim 2, not {s.model().latent_dim}")
+    at = torch.linspace(-2.5, 2.5, n)
+    z = torch.cartesian_prod(at.flip(0), at).flip(1).to(s.device)  # rows: z2 from the top down
+    drawn = draw(s.model().decoder, z).reshape(n, n, 28, 28)
+    return grid("D(z): z1 across, z2 upwards", [f"{v:.1f}" for v in at.tolist()],
+                [(f"{v:.1f}", row) for v, row in zip(at.flip(0).tolist(), drawn)], cell=56)
+
+
+@figure("the losses of each stage, epoch by epoch")
+def training_curves(s):
+    try:
+        history = json.loads((s.run / "metrics.json").read_text())["history"]
+        panels = [(stage, [(key, [(row["epoch"], row[key]) for row in rows], "line")
+                           for key in ("bce", "kl", "loss") if key in rows[0]])
+                  for stage, rows in history.items() if rows and "epoch" in rows[0]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise LookupError("needs the metrics.json that train.py wrote") from error
+    return chart("Training, nats an image", [panels], scales=True)
+
+
+@figure("stage 1 as it learnt (GIF; needs a run with --record)")
+def training_moving(s):
+    try:
+        frames = lavae.read(s.run / "recording.pt")
+        latents, drawn, steps = (frames[key] for key in ("latents", "drawn", "steps"))
+        n = len(s.names)
+        plane = pca(latents.flatten(0, 2).numpy()).reshape(len(latents), n, -1, 2)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise LookupError("needs a run with --record") from error
+    return [beside(
+        grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())], 56),
+        chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360))
+        for step, pictures, points in zip(steps, drawn, plane)]
+
+
 # ---------------------------------------------------------------- from the command line to files
 
 
-def evaluate(run: Path, models: dict[str, LAVAE | CVAE], data: Sequence[np.ndarray],
-             device: torch.device) -> dict:
-    """Print the tables of a run, write evaluation.json and the figures to its folder."""
-    _, _, x_test, y_test = data
-    first = next(iter(models.values()))
-    print(f"\n{run}: {' and '.join(first.augs)}, {first.settings['dataset']}, "
-          f"{len(x_test):,} test images")
-    rows = {name: measure_baseline(model, x_test, y_test, device)
-            for name, model in models.items() if name != "lavae"}
-    result = rows
-    if "lavae" in models:
-        result = measure(models["lavae"], data, device) | ({"baselines": rows} if rows else {})
-    report(first.augs, result)
-    (run / "evaluation.json").write_text(json.dumps(result, indent=1))
+def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
+    """Write a page as path.png, pages as path.gif; returns the whole name. Raises OSError."""
+    if isinstance(page, list):
+        path = path.with_name(f"{path.name}.gif")
+        page[0].save(path, save_all=True, append_images=page[1:], duration=120, loop=0)
+    else:
+        path = path.with_name(f"{path.name}.png")
+        page.save(path)
+    return path
 
-    digits, columns = one_of_each(x_test, y_test), [str(label) for label in np.unique(y_test)]
-    pages = comparison(models, digits, np.unique(y_test), columns, device)
-    if "lavae" in models:
-        pages |= figures(models["lavae"], digits, columns, device)
-        if result["lavae"]["group"]:
-            pages["eigenvalues"] = eigenvalue_plot(result["lavae"]["group"]["eigenvalues"])
-    if rows:
-        paper = PAPER_TABLE.get("+".join(first.augs), {})
-        pages["table1"] = bar_chart("Table I: total of all views, nats an image", [
-            (LABELS[name], row["total"], sum(paper[name]) if name in paper else None)
-            for name, row in models_of(result).items()])
-    for name, page in pages.items():
-        page.save(run / f"{name}.png")
-    print(f"\nwrote to {run}: evaluation.json, " + ", ".join(f"{name}.png" for name in pages))
-    return result
+
+def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
+    """Draw and save figures, a line for each as it comes; returns why some cannot be drawn."""
+    missing = []
+    for name in names:
+        start = time.perf_counter()
+        try:
+            pages = FIGURES[name][0](scene)
+        except LookupError as error:
+            missing.append(f"{name} {error.args[0]}")
+            continue
+        for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
+            path = save(page, scene.run / part)
+            print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
+    return missing
+
+
+def own_image(scene: Scene, path: Path) -> None:
+    """A picture of one's own: as MNIST would have it, reconstructed, and through every map."""
+    x = like_mnist(path)
+    pictures = scene.through_maps(scene.encode(x[None]))
+    rows = [(name, [view[0], picture[0]]) for name, view, picture in zip(
+        scene.names, all_views(x[None], scene.augs), pictures)]
+    page = grid(f"{path.name}, prepared as MNIST is", ["image", "D(E(x) L)"], rows, cell=168)
+    print(f"wrote {save(page, scene.run / f'image_{path.stem}')}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -430,9 +843,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: all under runs/)")
+    add("--only", nargs="+", metavar="NAME", choices=FIGURES, help="draw these figures, no more")
+    add("--list", action="store_true", help="name the figures, and end")
+    add("--digits", nargs="+", type=int, choices=range(10), metavar="D",
+        help="the classes that the figures show (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="of what is sampled (default 0)")
+    add("--image", type=Path, metavar="FILE", help="show this picture of a digit through the maps")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
     options = parser.parse_args(argv)
+    if options.list:
+        for name, (_, words) in FIGURES.items():
+            print(f"{name:22} {words}")
+        return
+    if options.seed < 0:
+        parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
     try:
         runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
         if not runs:
@@ -444,20 +869,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = {name: load_images(name, options.data_dir) for name in set(datasets.values())}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    results = {}
+    results, missing = {}, []
     for run, models in families.items():
-        result = evaluate(run, models, data[datasets[run]], device)
-        kind = datasets[run], *next(iter(models.values())).augs
-        results.setdefault(kind, []).append(result)
+        x, y = data[datasets[run]][2:]
+        labels = np.array(sorted(set(options.digits or y.tolist())))
+        scene = Scene(run, models, data[datasets[run]], one_of_each(x, y)[labels], labels, device,
+                      options.seed)
+        try:
+            if options.image:
+                own_image(scene, options.image)
+            elif options.only:
+                missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
+            else:
+                print(f"\n{run}: {' and '.join(scene.augs)}, {datasets[run]}, "
+                      f"{len(x):,} test images")
+                report(scene.augs, scene.result)
+                (run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
+                print()
+                draw_figures(scene, [*FIGURES])  # those that this run can have
+                results.setdefault((datasets[run], *scene.augs), []).append(scene.result)
+        except (LookupError, ValueError) as error:
+            parser.error(f"{run}: {error.args[0]}")
+        except OSError as error:
+            parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy "
+                         "the run to where you may write")
     for (_, *augs), same in results.items():
         report_seeds(augs, same)
+    if missing:
+        parser.error("; ".join(missing))
 
 
 def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
     """The model of a run folder and the baselines in folders inside, by the name of --model."""
-    model = lavae.load(run, device)
-    inside = [lavae.load(path, device) for path in sorted(run.glob("*/model.pt"))]
-    found = {m.settings["model"]: m for m in (model, *inside)}
+    found = {}
+    for path in (run, *sorted(run.glob("*/model.pt"))):
+        model = lavae.load(path, device)
+        name, dataset = (model.settings.get(key) for key in ("model", "dataset"))
+        augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
+        if not (name in LABELS and dataset in DATASETS and all(aug in AUGMENTATIONS for aug in augs)
+                and name.startswith("cvae") == isinstance(model, CVAE)):
+            raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
+                             f"augmentations {' '.join(map(str, augs))}): make one with train.py")
+        found[name] = model
     return {name: found[name] for name in LABELS if name in found}
 
 

@@ -11,6 +11,9 @@ order: encoder and decoder, the maps, the model, the losses of the three stages;
     flipped = model.decoder(model.maps[0](mu)).sigmoid()   # A_1 x, drawn from z L_1
 """
 
+import hashlib
+import io
+import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -158,6 +161,56 @@ class LAVAE(nn.Module):
                 z = latent_map.inverse(z)
         return z
 
+    # For notebooks: images in [0, 1], (B, 28, 28), in and out, on the model's device.
+
+    @torch.no_grad()
+    def augment(self, x: Tensor, *names: str) -> Tensor:
+        """x under the named augmentations, the left one first: D(E(x) L L ..)."""
+        z = self.encoder(x)[0]
+        for name in names:
+            z = self.maps[self._place(name)](z)
+        return self.decoder(z).sigmoid()
+
+    @torch.no_grad()
+    def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
+        """From any view to any, named as in the tables: D(E(x) L_source^-1 L_target)."""
+        source, target = (sum(1 << self._place(name) for name in view.split("+") if name != "orig")
+                          for view in (source, target))
+        z = self.from_view(self.encoder(x)[0], source)
+        return self.decoder(self.to_view(z, target)).sigmoid()
+
+    @torch.no_grad()
+    def power(self, x: Tensor, name: str, t: float) -> Tensor:
+        """A part of an augmentation: D(E(x) L^t), with 0 <= t <= 1; see `matrix_power`."""
+        L = matrix_power(self.maps[self._place(name)].L, t)
+        return self.decoder(self.encoder(x)[0] @ L).sigmoid()
+
+    def _place(self, name):
+        if name not in self.augs:
+            raise ValueError(f"this model has no {name!r}: choose from {', '.join(self.augs)}")
+        return self.augs.index(name)
+
+
+def matrix_power(L: Tensor, t: float) -> Tensor:
+    """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
+
+    Each eigenvalue is raised to t, a complex one turning its plane by t times its angle. A negative
+    one has no real power of its own: two of them share a plane, which turns by pi t. An odd one out
+    shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and no real matrix's square would be.
+    """
+    values, vectors = torch.linalg.eig(L.double().cpu())
+    size, angle = values.abs() ** t, values.angle()
+    negative = [i for i, v in enumerate(values) if v.imag == 0 and v.real < 0]
+    angle[negative] = 0
+    powers = torch.diag(size * torch.exp(1j * t * angle))
+    for i, j in zip(negative[::2], negative[1::2]):
+        c, s = math.cos(math.pi * t), math.sin(math.pi * t)
+        powers[i, i], powers[i, j] = c * size[i], -s * size[j]
+        powers[j, i], powers[j, j] = s * size[i], c * size[j]
+    if len(negative) % 2:
+        powers[negative[-1], negative[-1]] = (1 - 2 * t) * size[negative[-1]]
+    return (vectors @ powers @ torch.linalg.inv(vectors)).real.to(L)
+
 
 HEAD_HIDDEN = 256  # units between z and a transfer head's first layer
 
@@ -258,8 +311,9 @@ class CVAE(nn.Module):
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         views = range(2 ** len(self.augs))
         self.shown = [v for v in views if v.bit_count() <= 1] if self.paired else list(views)
+        one_hot = [[float(v == w) for w in views] for v in views]
         codes = {"paired": [[float(v >> i & 1) for i in range(len(self.augs))] for v in views],
-                 "digit": [[] for _ in views]}.get(condition, torch.eye(len(views)).tolist())
+                 "digit": [[] for _ in views], "view": one_hot, "both": one_hot}[condition]
         self.register_buffer("codes", torch.tensor(codes))  # what is said of each view
         width = self.codes.shape[1] + 10 * self.by_digit
         self.encoder = Encoder(latent_dim, filters, width)
@@ -313,22 +367,49 @@ def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) ->
 CHECKPOINT = "LAVAE checkpoint, version 2"
 
 
+def write(content: dict, path: str | Path) -> None:
+    """Write tensors and plain data to `path`, and their SHA-256 behind them.
+
+    The old file stays good until the new one is whole. Raises OSError: no room, or not allowed.
+    """
+    path, part, buffer = Path(path), Path(f"{path}.part"), io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then go on with "
+                      "--resume") from error
+
+
+def read(path: str | Path) -> dict:
+    """What `write` wrote. Only tensors and plain data are read: no code in the file can run.
+
+    Raises ValueError: the file is damaged, or something else.
+    """
+    data = Path(path).read_bytes()
+    try:
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise ValueError("the content is not what was written")
+        return dict(torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True))
+    except (EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no file of train.py") from error
+
+
 def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
-    """Write the model and the plain-data settings that it was trained with to `path`."""
-    part = Path(path).with_suffix(".part")  # the old file stays good until the new one is whole
-    torch.save({"kind": CHECKPOINT, "class": type(model).__name__, "arguments": model.arguments,
-                "settings": settings,
-                "tensors": {key: value.cpu() for key, value in model.state_dict().items()}}, part)
-    os.replace(part, path)
+    """Write the model and the plain-data settings that it was trained with. Raises OSError."""
+    write({"kind": CHECKPOINT, "class": type(model).__name__, "arguments": model.arguments,
+           "settings": settings, "tensors": model.state_dict()}, path)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     """The model saved in a run folder (or a model.pt), ready for use: in eval mode, on `device`.
 
-    `model.settings` holds what `train.py` was told. Only tensors and plain data are read: no code
-    in the file can run.
-
-    Raises:
+    `model.settings` holds what `train.py` was told. Raises:
         FileNotFoundError: there is no such file, or no model.pt in the folder.
         ValueError: the file is not a checkpoint of this program.
     """
@@ -337,15 +418,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: train a model with `python train.py`")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read(path)
         if checkpoint["kind"] != CHECKPOINT:
             raise ValueError(checkpoint["kind"])
-        model = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]](**checkpoint["arguments"])
-        model.load_state_dict(checkpoint["tensors"])
-        model.settings = checkpoint["settings"]
-    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OSError, RuntimeError,
-            TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no LAVAE checkpoint: make one with train.py") from error
+        tensors, arguments = checkpoint["tensors"], checkpoint["arguments"]
+        if len(arguments["augs"]) > 8 or not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("too many views, or a weight that is no number")
+        kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
+        with torch.device("meta"):  # shapes only: what the file asks for may be too big to make
+            shapes = {key: t.shape for key, t in kind(**arguments).state_dict().items()}
+        if shapes != {key: t.shape for key, t in tensors.items()}:
+            raise ValueError("shapes differ")
+        model = kind(**arguments)
+        model.load_state_dict(tensors)
+        model.settings = dict(checkpoint["settings"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no LAVAE checkpoint of this version: make one "
+                         "with train.py") from error
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -7,10 +7,12 @@
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torchvision.transforms import functional as F
 
@@ -67,8 +69,9 @@ def settings_of(*words):
 def tiny_run(data, out, *words):
     """All three stages on 2,000 images with 8 filters, and the trained model: some seconds."""
     settings = settings_of("--preset", "quick", "--filters", "8", "--batch-size", "32", "--lr", "5e-3",
-                           "--out", str(out), "--device", "cpu", *words)
-    train.prepare(settings.out)
+                           "--out", str(out), "--device", "cpu", "--overwrite", *words)
+    settings.device = "cpu"
+    train.prepare(settings)
     train.run(data[0][:2000], data[1][:2000], CPU, settings)
     return lavae.load(out)
 
@@ -568,7 +571,9 @@ def test_finished_baselines_are_kept(data, tmp_path, monkeypatch, capsys):
     train.main(words)
     assert capsys.readouterr().out.count("kept") == 3
     assert {path: path.read_bytes() for path in tmp_path.rglob("model.pt")} == before
-    train.main([*words, "--seed", "1"])
+    refused(train.main, [*words, "--seed", "1"], capsys, "seed 0, not 1", "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("model.pt")} == before
+    train.main([*words, "--seed", "1", "--overwrite"])
     assert "kept" not in capsys.readouterr().out
 
 
@@ -675,6 +680,13 @@ def test_evaluate_writes_the_tables_and_the_figures(run, data, tmp_path, capsys,
                                   "any_to_any", "separability", "group"]
     assert [*result["baselines"]] == ["cvae", "cvae-paired", "vae"]
     assert all([*row] == [*views, "total", "identity"] for row in result["baselines"].values())
+    assert "latent_plane" not in text and "training_moving" not in text  # this run cannot have them
+    for name in set(evaluate.FIGURES) - {"fig6_transfer", "latent_plane", "training_moving"}:
+        path, = (tmp_path / "run").glob(f"{name}.*")
+        with Image.open(path) as page:
+            assert page.width > 600 and page.height > 200 and page.convert("L").getextrema() != (255, 255)
+            assert getattr(page, "n_frames", 1) > 1 or path.suffix == ".png"
+            assert path.suffix == ".gif" or np.asarray(page.convert("L"))[:8].min() == 255  # nothing runs out
     for name, rows, columns, cell in (
             ("fig3_views", 9, 10, 84), ("fig4_inverses", 8, 10, 84), ("fig6_shear_x+canny", 8, 10, 84),
             ("fig8_cvae", 8, 10, 84), ("fig9_paired_cvae", 12, 10, 84), ("any_to_any", 4, 5, 168),
@@ -683,6 +695,209 @@ def test_evaluate_writes_the_tables_and_the_figures(run, data, tmp_path, capsys,
             width, height = page.size
             assert rows * cell < height < rows * cell + 400 and columns * cell < width < 1600, name
             assert len(page.convert("L").getcolors()) > 50, name
+
+
+def test_only_and_list_and_digits(small_data, tmp_path, capsys):
+    train.main([*SMALL, "--no-transfer", "--latent-dim", "2", "--record", "--out", str(tmp_path)])
+    capsys.readouterr()
+    evaluate.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*evaluate.FIGURES]
+    words = [str(tmp_path), "--device", "cpu", "--only"]
+    evaluate.main([*words, "latent_plane", "training_moving", "traversals", "--digits", "3", "8"])
+    made = {path.name for path in tmp_path.iterdir()} - {"model.pt", "metrics.json", "recording.pt"}
+    assert made == {"latent_plane.png", "training_moving.gif", "traversals.png"}
+    with Image.open(tmp_path / "training_moving.gif") as film:
+        assert film.n_frames > 10
+    refused(evaluate.main, [*words, "fig6_transfer", "fig3_views", "fig9_paired_cvae", "--digits", "3", "8"],
+            capsys, "fig6_transfer needs a transfer", "fig9_paired_cvae needs the model", "--baselines")
+    with Image.open(tmp_path / "fig3_views.png") as page:  # drawn all the same, with two columns
+        assert page.width < 900
+    refused(evaluate.main, [*words, "fig99"], capsys, "fig99", "fig3_views")
+    refused(evaluate.main, [*words, "fig3_views", "--digits", "11"], capsys, "11")
+
+
+def test_a_digit_keeps_its_place(run, data):
+    """In a figure, the picture under a column head is that digit's."""
+    x, y = data[2][:500], data[3][:500]
+    scene = evaluate.Scene(run[0], {"lavae": run[1]}, few(data), augment.one_of_each(x, y), np.arange(10), CPU, 0)
+    page = np.asarray(evaluate.fig3_views(scene).convert("L"))
+    cell, pitch, top = 84, 90, 108
+    left = page.shape[1] - 24 - 10 * pitch + 6
+    for column in range(10):
+        shown = page[top:top + cell, left + column * pitch:left + column * pitch + cell][1::3, 1::3]
+        assert np.array_equal(shown, scene.digits[column]) and y[np.flatnonzero(y == column)[1]] == column
+
+
+# ---------------------------------------------------------------- projections, powers and pictures
+
+
+@pytest.fixture(scope="module")
+def cloud(run, data):
+    """Latents of all views of 75 test digits."""
+    return np.concatenate([run[1].encode(torch.from_numpy(v)).numpy()
+                           for v in augment.all_views(data[2][:75], ["flip_lr", "flip_ud"])])
+
+
+def test_pca_is_scikit_learns(cloud):
+    from sklearn.decomposition import PCA
+    theirs, ours = PCA(3).fit_transform(cloud.astype(float)), evaluate.pca(cloud.astype(float), 3)
+    assert np.allclose(np.abs(ours), np.abs(theirs), atol=1e-6)
+
+
+def test_ica_is_scikit_learns(cloud):
+    from sklearn.decomposition import FastICA
+    rng = np.random.default_rng(0)
+    sources = np.stack([rng.uniform(-1, 1, 2000), np.sign(rng.standard_normal(2000)), rng.laplace(size=2000)], 1)
+    mixed = sources @ rng.standard_normal((3, 3))
+    for x, k, truth in ((mixed, 3, sources), (cloud, 2, None)):
+        ours = evaluate.fast_ica(x, k)
+        theirs = FastICA(k, whiten="unit-variance", random_state=0, tol=1e-10, max_iter=1000).fit_transform(x)
+        for reference in (theirs, truth) if truth is not None else (theirs,):
+            correlation = np.abs(np.corrcoef(ours.T, reference.T)[:k, k:])
+            assert (correlation.max(1) > 0.99).all() and len(set(correlation.argmax(1))) == k
+
+
+def assert_tsne_is_as_good_as_scikit_learns(x, tolerance):
+    from sklearn.manifold import TSNE, trustworthiness
+    start = time.perf_counter()
+    ours = evaluate.tsne(x)
+    seconds = time.perf_counter() - start
+    theirs = TSNE(perplexity=30, init="pca", method="exact" if len(x) < 500 else "barnes_hut",
+                  random_state=0).fit_transform(x)
+    a, b = (trustworthiness(x, y, n_neighbors=12) for y in (ours, theirs))
+    print(f"trustworthiness {a:.4f}, scikit-learn's {b:.4f}; {len(x)} points in {seconds:.1f} s")
+    assert a > b - tolerance and a > 0.9
+
+
+def test_tsne_is_as_good_as_scikit_learns(cloud):
+    assert_tsne_is_as_good_as_scikit_learns(cloud, 0.01)
+
+
+@slow
+def test_tsne_is_as_good_as_scikit_learns_on_2000(run, data):
+    x = np.concatenate([run[1].encode(torch.from_numpy(v)).numpy()
+                        for v in augment.all_views(data[2][:500], ["flip_lr", "flip_ud"])])
+    assert_tsne_is_as_good_as_scikit_learns(x, 0.01)
+
+
+def test_a_map_has_real_powers():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(8, 8, generator=generator, dtype=torch.double)
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.double)
+
+    def of(*parts):
+        return basis @ torch.block_diag(*parts).double() @ torch.linalg.inv(basis)
+
+    even = of(-torch.eye(4), torch.eye(4))
+    nearly = even + 1e-3 * torch.randn(8, 8, generator=generator)
+    rotation = of(turn, turn, torch.eye(2), -torch.eye(2))
+    odd = of(-torch.eye(3), torch.eye(5))
+    for L in (even, nearly, rotation, odd):
+        assert torch.allclose(lavae.matrix_power(L, 0.0), torch.eye(8, dtype=torch.double), atol=1e-8)
+        assert torch.allclose(lavae.matrix_power(L, 1.0), L, atol=1e-8)
+        steps = torch.stack([lavae.matrix_power(L, t) for t in np.linspace(0, 1, 201)])
+        assert steps.diff(dim=0).abs().max() < 0.05 * steps.abs().max()  # continuous
+        half = lavae.matrix_power(L, 0.5)
+        error = torch.linalg.norm(half @ half - L) / torch.linalg.norm(L)
+        assert (error < 1e-2) == (L is not odd), error  # three directions: one shrinks through zero
+    assert torch.linalg.matrix_rank(lavae.matrix_power(odd, 0.5), rtol=1e-9) == 7
+
+
+def test_the_model_in_a_notebook(run, digits):
+    _, model = run
+    x = torch.from_numpy(digits[:7]) / 255
+    z, (L1, L2) = model.encoder(x)[0], (latent_map.L for latent_map in model.maps)
+
+    def same(picture, z):
+        return torch.allclose(picture, model.decoder(z).sigmoid(), atol=1e-5)
+
+    assert same(model.augment(x), z) and same(model.augment(x, "flip_ud", "flip_lr"), z @ L2 @ L1)
+    assert same(model.convert(x, target="flip_lr+flip_ud"), z @ L1 @ L2)
+    assert same(model.convert(x, "flip_lr+flip_ud", "flip_lr"), z @ torch.linalg.inv(L1 @ L2) @ L1)
+    assert same(model.power(x, "flip_lr", 1.0), z @ L1) and same(model.power(x, "flip_ud", 0.0), z)
+    assert model.augment(x[:0], "flip_lr").shape == (0, 28, 28)
+    with pytest.raises(ValueError, match="flip_lr, flip_ud"):
+        model.augment(x, "canny")
+
+
+def digit_picture(digit, size, ink, paper, mode="RGB", **_):
+    font = ImageFont.load_default(size * 0.7)
+    page = Image.new(mode, (size, size * 5 // 4), paper)
+    ImageDraw.Draw(page).text((size * 0.55, size * 0.6), str(digit), ink, font, "mm")
+    return page
+
+
+def test_a_picture_becomes_like_mnist(tmp_path):
+    path = tmp_path / "x.png"
+    page = np.full((300, 500), 250, np.uint8)
+    page[40:240, 400:440] = 10  # a bar, dark on light, far from the centre
+    Image.fromarray(page).save(path)
+    x = augment.like_mnist(path)
+    rows, columns = np.flatnonzero(x.max(1)), np.flatnonzero(x.max(0))
+    assert x.dtype == np.uint8 and x.max() == 255 and (len(rows), len(columns)) == (20, 4)
+    for mass in (x.sum(1), x.sum(0)):
+        assert abs(mass @ np.arange(28) / mass.sum() - 13.5) <= 0.5
+    Image.fromarray(255 - page).save(path)
+    assert np.array_equal(augment.like_mnist(path), x)  # light on dark
+    page16 = Image.fromarray(page.astype(np.uint16) * 257)
+    page16.save(path)
+    assert np.abs(augment.like_mnist(path).astype(int) - x).max() <= 1
+    clear = np.zeros((300, 500, 4), np.uint8)
+    for colour in (0, 255):  # the ink opaque, the rest clear
+        clear[..., :3], clear[..., 3] = colour, 255 * (page < 100)
+        Image.fromarray(clear).save(path)
+        assert np.array_equal(augment.like_mnist(path), x)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter
+    Image.fromarray(page).rotate(90, expand=True).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    assert np.abs(augment.like_mnist(tmp_path / "x.jpg").astype(int) - x).mean() < 2
+    palette = Image.fromarray(page).convert("P")
+    palette.save(path)
+    assert np.array_equal(augment.like_mnist(path), x)
+
+
+def test_pictures_that_are_none(run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run[0], tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    words = [tmp_path / "run", "--device", "cpu", "--image", tmp_path / "x.png"]
+    refused(evaluate.main, words, capsys, "x.png", "no picture")
+    (tmp_path / "x.png").write_bytes(b"GIF89a?")
+    refused(evaluate.main, words, capsys, "x.png", "no picture")
+    Image.new("RGB", (40, 40), "navy").save(tmp_path / "x.png")
+    refused(evaluate.main, words, capsys, "x.png", "empty")
+    Image.new("1", (8000, 7000)).save(tmp_path / "x.png")
+    refused(evaluate.main, words, capsys, "x.png", "50 megapixels")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    digit_picture(7, 300, "black", "white").save(tmp_path / "x.png")
+    evaluate.main([str(word) for word in words])
+    assert (tmp_path / "run" / "image_x.png").is_file()
+
+
+@slow
+def test_40_pictures_are_recognised(tmp_path):
+    """The reconstruction of a picture is nearest to it, of the ten digits drawn alike, in 36 of 40."""
+    train.main(["--preset", "quick", "--no-transfer", "--device", "cpu", "--out", str(tmp_path / "run")])
+    model, hits = lavae.load(tmp_path / "run"), 0
+    kinds = [dict(size=16, ink="black", paper="white"), dict(size=2000, ink="white", paper="black"),
+             dict(size=200, ink="navy", paper="ivory", turn=True), dict(size=90, ink=0, paper=65535, mode="I;16")]
+    extra = [dict(size=300, ink=(255, 255, 255, 255), paper=(0, 0, 0, 0), mode="RGBA"),
+             dict(size=64, ink="yellow", paper="purple", palette=True)]
+    for k in range(40):
+        kind, prepared = (kinds + extra)[k % 6], []
+        for digit in range(10):
+            page, path = digit_picture(digit, **kind), tmp_path / f"{digit}.png"
+            if kind.get("turn"):
+                exif = Image.Exif()
+                exif[0x0112] = 6
+                page.rotate(90, expand=True).save(path, exif=exif)
+            else:
+                (page.convert("P") if kind.get("palette") else page).save(path)
+            prepared.append(augment.like_mnist(path))
+        x = torch.from_numpy(np.stack(prepared))
+        drawn = model.augment(x.float() / 255)
+        hits += ((drawn[k % 10] - x / 255).square().sum((1, 2)).argmin() == k % 10).item()
+    print(f"{hits} of 40")
+    assert hits >= 36
 
 
 # ---------------------------------------------------------------- bad input
@@ -752,9 +967,9 @@ def test_evaluate_refuses(capsys, tmp_path, monkeypatch, run):
     for i, content in enumerate((b"", b"garbage", (run[0] / "model.pt").read_bytes()[:5000])):
         (tmp_path / "empty" / "model.pt").write_bytes(content)
         refused(evaluate.main, [tmp_path / "empty"], capsys, "no LAVAE checkpoint")
-    for other in ([1, 2], {"kind": "x"}, {"weight": torch.ones(3)}, torch.nn.Linear(2, 2)):
-        torch.save(other, tmp_path / "empty" / "model.pt")
-        refused(evaluate.main, [tmp_path / "empty"], capsys, "no LAVAE checkpoint")
+    for other in strange_checkpoints(run[0] / "model.pt"):
+        lavae.write(other, tmp_path / "empty" / "model.pt")
+        refused(evaluate.main, [tmp_path / "empty"], capsys, "train.py" if "kind" in other else "damaged")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["model.pt"]
     monkeypatch.chdir(tmp_path)
     refused(evaluate.main, [], capsys, "no run", "train.py")
@@ -765,6 +980,287 @@ def test_an_error_from_the_shell_is_one_line(tmp_path):
                          capture_output=True, text=True)
     assert end.returncode == 2 and end.stderr.count("\n") == 1 and "Traceback" not in end.stderr
     assert [*tmp_path.iterdir()] == []
+
+
+def strange_checkpoints(path):
+    """Whole files that hold what they should not: code, other shapes, weights that are no numbers."""
+    class Code:
+        def __reduce__(self):
+            return (Path("/tmp/lavae_was_here").touch, ())
+
+    good = lavae.read(path)
+    yield from ({1: 2}, {"kind": "x"}, {"weight": torch.ones(3)}, {"net": torch.nn.Linear(2, 2)}, {"x": Code()})
+    for key in ("kind", "class", "arguments", "settings", "tensors"):
+        yield {k: v for k, v in good.items() if k != key}
+    for key, value in (("latent_dim", 17), ("filters", 10 ** 9), ("augs", ["flip_lr"] * 60),
+                       ("augs", ["flip_lr", "code"]), ("transfers", [["x"]]), ("latent_map", "os"), ("more", 1)):
+        yield good | {"arguments": good["arguments"] | {key: value}}
+    for key, value in (("model", "cvae"), ("model", "x"), ("dataset", "x"), ("dataset", None)):
+        yield good | {"settings": good["settings"] | {key: value}}
+    name = "encoder.conv1.bias"
+    for value in (torch.full((8,), math.nan), torch.zeros(9), None, "x"):
+        yield good | {"tensors": good["tensors"] | {name: value}}
+    yield good | {"kind": "LAVAE checkpoint, version 1"}
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch, n):
+    """The process ends, as far as training can see, after n batches of all that fit does."""
+    left, add = [n], train.Progress.add
+
+    def count(self, *arguments):
+        add(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(train.Progress, "add", count)
+
+
+@pytest.fixture
+def small_data(data, monkeypatch):
+    """What both programs load: 400 training and 500 test images."""
+    few_images = data[0][:400], data[1][:400], data[2][:500], data[3][:500]
+    monkeypatch.setattr(train, "load_images", lambda *_: few_images)
+    monkeypatch.setattr(evaluate, "load_images", lambda *_: few_images)
+
+
+SMALL = ["--device", "cpu", "--filters", "4", "--epochs", "3", "--transfer-epochs", "2"]  # 13 batches each
+
+
+@pytest.mark.parametrize("model", ["lavae", "cvae"])
+def test_a_resumed_run_ends_with_the_same_bits(small_data, tmp_path, monkeypatch, capsys, model):
+    words = [*SMALL, "--model", model]
+    train.main([*words, "--out", str(tmp_path / "whole")])
+    whole = lavae.load(tmp_path / "whole").state_dict()
+    out, capsys = str(tmp_path / "run"), capsys
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        kill_after(m, 20)  # in the second epoch
+        train.main([*words, "--out", out])
+    assert [path.name for path in Path(out).iterdir()] == ["state.pt"]
+    capsys.readouterr()
+    refused(train.main, [*words, "--out", out], capsys, "interrupted", "--resume", "--overwrite")
+    refused(train.main, [*words, "--out", out, "--resume", "--lr", "1"], capsys, "lr 0.006, not 1")
+    for n in (15, 17, 14):  # through the stages
+        with monkeypatch.context() as m, contextlib.suppress(Killed):
+            kill_after(m, n)
+            train.main([*words, "--out", out, "--resume"])
+    if model == "lavae":
+        train.main([*words, "--out", out, "--resume"])
+    again = lavae.load(out).state_dict()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert sorted(path.name for path in Path(out).iterdir()) == ["metrics.json", "model.pt"]
+    metrics = [json.loads(Path(p, "metrics.json").read_text()) for p in (out, tmp_path / "whole")]
+    losses = [[row["loss"] for row in m["history"]["stage 1"]] for m in metrics]
+    assert losses[0] == losses[1] and len(losses[0]) == 3 and metrics[0]["seconds"]["stage 1"] > 0
+
+
+def test_a_finished_run_is_not_overwritten_in_silence(small_data, tmp_path, capsys):
+    words = [*SMALL, "--no-transfer", "--out", str(tmp_path)]
+    train.main(words)
+    before = (tmp_path / "model.pt").read_bytes()
+    capsys.readouterr()
+    refused(train.main, words, capsys, "finished", "--overwrite")
+    train.main([*words, "--resume"])
+    assert "kept" in capsys.readouterr().out and (tmp_path / "model.pt").read_bytes() == before
+    refused(train.main, [*words, "--resume", "--overwrite"], capsys, "leave one out")
+    (tmp_path / "state.pt").write_bytes(b"?")
+    refused(train.main, [*words, "--resume"], capsys, "state.pt is damaged", "--overwrite")
+    train.main([*words, "--overwrite", "--seed", "1"])
+    assert (tmp_path / "model.pt").read_bytes() != before
+
+
+def test_ctrl_c_stops_after_the_batch(small_data, tmp_path, monkeypatch, capsys):
+    batches, add = [], train.Progress.add
+
+    def press(self, *arguments):
+        batches.append(1)
+        if len(batches) == 20:
+            signal.raise_signal(signal.SIGINT)
+        add(self, *arguments)
+
+    monkeypatch.setattr(train.Progress, "add", press)
+    with pytest.raises(SystemExit) as end:
+        train.main([*SMALL, "--no-transfer", "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert end.value.code == 130 and "--resume" in err and "Traceback" not in err and len(batches) == 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not train.INTERRUPTED
+    train.main([*SMALL, "--no-transfer", "--out", str(tmp_path), "--resume"])
+    assert len(batches) == 20 + 2 * 13  # the second epoch again, and the third
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    monkeypatch.setattr(train, "INTERRUPTED", [])
+    usual = signal.signal(signal.SIGINT, train.interrupt)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert train.INTERRUPTED
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_a_diverging_run_says_so_and_keeps_the_last_good_state(small_data, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def bad_kl(mu, logvar):
+        calls.append(1)
+        return lavae.kl(mu, logvar) * (math.nan if len(calls) > 16 else 1)
+
+    monkeypatch.setattr(train, "kl", bad_kl)
+    refused(train.main, [*SMALL, "--no-transfer", "--out", tmp_path], capsys, "stage 1", "step 16", "--lr")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    page = lavae.read(tmp_path / "state.pt")["stage 1"]
+    assert len(page["history"]) == 1 and all(p.isfinite().all() for p in page["parameters"])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(small_data, tmp_path, monkeypatch, capsys):
+    words = [*SMALL, "--no-transfer", "--out", str(tmp_path)]
+    train.main(words)
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lavae.os, "fsync", no_room)
+    capsys.readouterr()
+    refused(train.main, [*words, "--overwrite"], capsys, "No space left", "--resume")
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "model.pt"]
+    monkeypatch.setattr(Image.Image, "save", no_room)
+    refused(evaluate.main, [tmp_path, "--device", "cpu"], capsys, "No space left", str(tmp_path))
+
+
+def damage(path, rng, other):
+    """Write a damaged copy of a file's bytes to `path`: cut, flipped, emptied or another kind of file."""
+    content, kind = bytearray(path.read_bytes()), rng.integers(4)
+    if kind == 0:
+        content = content[:rng.integers(len(content))]
+    elif kind == 1:
+        for i in rng.integers(len(content), size=rng.integers(1, 9)):
+            content[i] ^= rng.integers(1, 256)
+    else:
+        content = b"" if kind == 2 else other
+    path.write_bytes(content)
+
+
+def assert_damage_is_noticed(n, tmp_path, capsys):
+    """n damaged files of the kinds that the programs read: refused, and nothing else is touched."""
+    rng = np.random.default_rng(0)
+    words = [*SMALL, "--epochs", "1", "--no-transfer", "--out", str(tmp_path / "run")]
+    train.main(words)
+    shutil.copy(tmp_path / "run" / "model.pt", tmp_path / "run" / "state.pt")
+    lavae.write({"config": train.config_of(settings_of(*words)) | {"device": "cpu"}}, tmp_path / "run" / "state.pt")
+    other = Image.new("L", (9, 9)).tobytes() + b"PK\x03\x04"
+    capsys.readouterr()
+    for k in range(n):
+        name = ("model.pt", "state.pt", "mnist.npz")[k % 3]
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        if name == "mnist.npz":
+            shutil.copy(HERE / "data" / name, tmp_path / "copy" / name)
+        damage(tmp_path / "copy" / name, rng, other)
+        before = {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+        words[-1] = str(tmp_path / "copy")
+        start = time.perf_counter()
+        if name == "mnist.npz":
+            with pytest.raises(OSError, match="git checkout"):
+                augment.load_images("mnist", tmp_path / "copy")
+        elif name == "model.pt":
+            refused(evaluate.main, [tmp_path / "copy", "--device", "cpu"], capsys, "model.pt")
+        else:
+            refused(train.main, [*words, "--resume"], capsys, "state.pt")
+        assert time.perf_counter() - start < 10
+        assert before == {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_damage_is_noticed(small_data, tmp_path, capsys):
+    assert_damage_is_noticed(12, tmp_path, capsys)
+
+
+@slow
+def test_damage_is_noticed_200_times(small_data, tmp_path, capsys):
+    assert_damage_is_noticed(200, tmp_path, capsys)
+
+
+OPTIONS = {  # valid values, then invalid ones; None: no value
+    "--augs": ["flip_lr", "flip_lr canny", "rotate_cw flip_ud", "flop", "", "flip_lr flip_lr"],
+    "--transfer": ["canny", "shear_x canny", "shear_x canny mini_image", "nope nope"],
+    "--no-transfer": [None], "--baselines": [None], "--resume": [None], "--overwrite": [None],
+    "--model": ["lavae", "cvae", "cvae-paired", "vae", "gan"], "--condition": ["view", "digit", "both", "x"],
+    "--latent-map": ["linear", "mlp", "cubic"], "--joint": ["identity", "signs", "x"],
+    "--prior-loss": ["kl", "mmd", "l2"], "--preset": ["quick", "laptop", "huge"], "--filters": ["2", "0", "x"],
+    "--latent-dim": ["1", "16", "-1", "1.5"], "--batch-size": ["1", "64", "100000", "0"],
+    "--lr": ["1e-3", "1e9", "0", "nan", "inf"], "--kl-weight": ["0", "5", "-1"], "--map-weight": ["0", "9", "x"],
+    "--recon-weight": ["2", "-1"], "--involution-weight": ["0", "1e6", "-1"], "--seed": ["7", "-7", "1e3"],
+    "--device": ["cpu", "auto", "tpu"], "--dataset": ["mnist", "cifar"], "--data-dir": ["nowhere", ""]}
+
+
+def assert_command_lines_end_well(n, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    images = [np.random.default_rng(1).integers(0, 256, (20, 28, 28), dtype=np.uint8), np.arange(20, dtype=np.uint8) % 10]
+    monkeypatch.setattr(train, "load_images", lambda *_: [*images, *images])
+    monkeypatch.setattr(train, "MAP_STEPS", 20)
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for _ in range(n):
+        words = ["--epochs", "1", "--transfer-epochs", "1", "--filters", "2"]
+        for option in rng.choice([*OPTIONS], rng.integers(0, 5), replace=False):
+            value = rng.choice(OPTIONS[option])
+            words += [option, *([] if value is None else value.split())]
+        try:
+            train.main(words)
+            ends.append(0)
+        except SystemExit as end:
+            ends.append(end.code)
+            err = capsys.readouterr().err
+            assert end.code == 2 and err.count("\n") == 1 and "Traceback" not in err, (words, err)
+    assert 0 < ends.count(0) < n  # some are right, some are wrong
+
+
+def test_command_lines_end_well(tmp_path, monkeypatch, capsys):
+    assert_command_lines_end_well(20, tmp_path, monkeypatch, capsys)
+
+
+@slow
+def test_100_command_lines_end_well(tmp_path, monkeypatch, capsys):
+    assert_command_lines_end_well(100, tmp_path, monkeypatch, capsys)
+
+
+@slow
+def test_50_kills_change_no_bit(tmp_path):
+    """SIGKILL at random moments of a quick run, resumed each time, against an uninterrupted one."""
+    words = [sys.executable, HERE / "train.py", "--preset", "quick", "--device", "cpu", "--filters", "4",
+             "--epochs", "3", "--transfer-epochs", "2", "--out"]
+    start = time.perf_counter()
+    subprocess.run([*words, tmp_path / "whole"], check=True, capture_output=True)
+    whole = time.perf_counter() - start
+    rng, kills = np.random.default_rng(0), 0
+    state = tmp_path / "run" / "state.pt"
+    while kills < 50:
+        process = subprocess.Popen([*words, tmp_path / "run", "--resume"], stdout=subprocess.PIPE, text=True)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 0.6) * whole)
+            shutil.rmtree(tmp_path / "run")  # it came to its end: once more
+            continue
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        if state.is_file():
+            lavae.read(state)
+        if (tmp_path / "run" / "model.pt").is_file():
+            lavae.load(tmp_path / "run")
+    subprocess.run([*words, tmp_path / "run", "--resume"], check=True, capture_output=True)
+    a, b = (lavae.load(tmp_path / name).state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 # ---------------------------------------------------------------- benchmark: python test_lavae.py

@@ -16,16 +16,17 @@ Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run
 import argparse
 import json
 import math
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 import lavae
 from adabelief import AdaBelief
@@ -54,7 +55,7 @@ NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise wer
 
 
 def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
-           labels: Tensor | None = None) -> list[dict]:
+           labels: Tensor | None = None, diary: "Diary | None" = None) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device.
@@ -85,7 +86,10 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
             loss = loss + settings.map_weight * terms["misfit"]
         return {"loss": loss, **terms}
 
-    return fit(loss_of, images.shape[:2], parameters, settings.epochs, settings, seen)
+    if settings.record:
+        loss_of = recorded(loss_of, model, images, settings, seen * settings.epochs)
+    return fit("stage 1", loss_of, images.shape[:2], parameters, settings.epochs, settings, diary,
+               seen, noise)
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
@@ -104,14 +108,13 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
         statistics = moments(latents[0], z_i)
         L = torch.linalg.lstsq(*statistics[:2]).solution.requires_grad_()
         start = map_error(L, *statistics)
-        optimizer = AdaBelief([L], lr=MAP_LR)
-        schedule = LambdaLR(optimizer, lambda t: 1 - t / MAP_STEPS)
-        for _ in range(MAP_STEPS):
+        optimizer = AdaBelief([L])
+        for t in range(MAP_STEPS):
+            optimizer.param_groups[0]["lr"] = MAP_LR * (1 - t / MAP_STEPS)
             loss = map_error(L, *statistics) + settings.involution_weight * involution_error(L)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
         map_i.L.data.copy_(L)
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
@@ -119,15 +122,18 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     return history
 
 
-def stage2_ablations(model: LAVAE, latents: Sequence[Tensor],
-                     settings: argparse.Namespace) -> list[dict]:
+def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace,
+                     diary: "Diary | None" = None) -> list[dict]:
     """Stage 2 of the ablations; arguments and result as there.
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
     if not settings.joint:
-        fit(lambda index: {"loss": maps_loss(model, [z[index] for z in latents], settings)},
-            (1, len(latents[0])), [*model.maps.parameters()], MLP_EPOCHS, settings)
+        def loss_of(index):
+            return {"loss": maps_loss(model, [z[index] for z in latents], settings)}
+
+        fit("stage 2", loss_of, (1, len(latents[0])), [*model.maps.parameters()], MLP_EPOCHS,
+            settings, diary)
     with torch.no_grad():
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
@@ -148,7 +154,7 @@ def singles(views: Sequence) -> list:
 
 
 def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
-           settings: argparse.Namespace) -> list[dict]:
+           settings: argparse.Namespace, diary: "Diary | None" = None) -> list[dict]:
     """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
 
     z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
@@ -160,8 +166,8 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
         x = pixels(images[:, index]).flatten(0, 1)
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
-    parameters = [*head.parameters()]
-    return fit(loss_of, images.shape[:2], parameters, settings.transfer_epochs, settings)
+    return fit("stage 3, " + "+".join(names), loss_of, images.shape[:2], [*head.parameters()],
+               settings.transfer_epochs, settings, diary)
 
 
 # ---------------------------------------------------------------- the loop of stages 1 and 3
@@ -174,37 +180,124 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
-def fit(loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
+def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
-        seen: int | None = None) -> list[dict]:
+        diary: "Diary | None" = None, seen: int | None = None,
+        noise: torch.Generator | None = None) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
     A batch holds all views of some images, so that no step favours a view; an epoch shows `seen`
     views, or each of them once. The terms of the loss stay on the device until the epoch ends.
+    With a diary it goes on after the last epoch that the diary has of `name`; `noise` is what
+    loss_of draws from. Raises FloatingPointError: a loss is infinite or not a number.
     """
     n_views, n = shape
     per_batch, per_epoch = max(1, settings.batch_size // n_views), (seen or n_views * n) // n_views
-    steps = epochs * math.ceil(per_epoch / per_batch)
-    optimizer = AdaBelief(parameters, lr=settings.lr)
-    schedule = LambdaLR(optimizer, lambda step: one_cycle((step + 0.5) / steps))
-    order, device = torch.Generator().manual_seed(settings.seed + ORDER), parameters[0].device
-    history, progress = [], Progress(epochs * per_epoch * n_views)
-    for epoch in range(1, epochs + 1):
+    batches = math.ceil(per_epoch / per_batch)
+    optimizer, device = AdaBelief(parameters), parameters[0].device
+    order = torch.Generator().manual_seed(settings.seed + ORDER)
+    moving = {"optimizer": optimizer, "order": order} | ({"noise": noise} if noise else {})
+    history = diary.recall(name, parameters, moving) if diary else []
+    progress = Progress((epochs - len(history)) * per_epoch * n_views)
+    for epoch in range(len(history), epochs):
         sums, rounds = {}, range(math.ceil(per_epoch / n))
         indices = torch.cat([torch.randperm(n, generator=order) for _ in rounds])[:per_epoch]
-        for index in indices.to(device).split(per_batch):
+        for i, index in enumerate(indices.to(device).split(per_batch)):
+            share = (epoch * batches + i + 0.5) / (epochs * batches)
+            optimizer.param_groups[0]["lr"] = settings.lr * one_cycle(share)
             terms = loss_of(index)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
-            schedule.step()
+            terms["finite"] = terms["loss"].isfinite()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() * len(index)
-            progress.add(len(index) * n_views, f"epoch {epoch}/{epochs}", terms["loss"])
+            progress.add(len(index) * n_views, f"epoch {epoch + 1}/{epochs}", terms["loss"])
+            if INTERRUPTED:
+                raise KeyboardInterrupt
+        good = float(sums.pop("finite"))
+        if good < per_epoch:
+            raise FloatingPointError(
+                f"{name}: the loss is no number any more after step "
+                f"{epoch * batches + int(good // per_batch)}: try a lower --lr")
         means = {key: float(value) / per_epoch for key, value in sums.items()}
-        history.append({"epoch": epoch, **means})
-        history[-1]["images_per_second"] = round(progress.end_epoch(history[-1]["loss"]))
+        rate = progress.end_epoch(means["loss"])
+        history.append({"epoch": epoch + 1, **means, "images_per_second": round(rate),
+                        "seconds": per_epoch * n_views / rate})
+        if diary:
+            diary.note(name, parameters, moving, history)
     return history
+
+
+def recorded(loss_of: Callable, model: LAVAE, images: Tensor, settings: argparse.Namespace,
+             seen: int, frames: int = 32) -> Callable:
+    """loss_of, and on the way some frames of a film for `evaluate.py`: recording.pt.
+
+    A frame is the latents of 150 images under all views, and what ten of them decode to.
+    """
+    path, calls = settings.out / "recording.pt", [0]
+    film = {"steps": [], "latents": [], "drawn": []}
+    every = max(1, seen // settings.batch_size // frames)
+
+    def with_a_look(index):
+        if calls[0] % every == 0:
+            z = torch.stack([model.encode(view[:150]) for view in images])
+            with torch.no_grad():
+                drawn = (model.decoder(z[:, :10].flatten(0, 1)).sigmoid() * 255).round().byte()
+            film["steps"].append(calls[0])
+            film["latents"].append(z.cpu())
+            film["drawn"].append(drawn.unflatten(0, (len(images), 10)).cpu())
+            lavae.write({key: torch.stack(v) if key != "steps" else v
+                         for key, v in film.items()}, path)
+        calls[0] += 1
+        return loss_of(index)
+
+    return with_a_look
+
+
+INTERRUPTED = []  # filled by the first Ctrl-C
+
+
+class Diary:
+    """state.pt: what training needs to go on after its last epoch; rewritten after every one.
+
+    Each call of `fit` has a page there, by its name. All else is quick and is done again.
+    """
+
+    def __init__(self, path: Path, config: dict):
+        self.path, self.pages = path, {"config": config}
+        if path.is_file():
+            try:
+                self.pages = lavae.read(path)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: start over with --overwrite") from error
+
+    def recall(self, name: str, parameters: list[Tensor], moving: dict) -> list[dict]:
+        """Set all to where it was; returns the history, empty where nothing was noted."""
+        page = self.pages.get(name)
+        if page is None:
+            return []
+        try:
+            with torch.no_grad():
+                for p, value in zip(parameters, page["parameters"], strict=True):
+                    p.copy_(value)
+            for key, thing in moving.items():
+                generator = isinstance(thing, torch.Generator)
+                (thing.set_state if generator else thing.load_state_dict)(page[key])
+            history = [dict(row) for row in page["history"]]
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is damaged: start over with --overwrite") from error
+        print(f"  {len(history)} epochs are there already")
+        return history
+
+    def note(self, name: str, parameters: list[Tensor], moving: dict, history: list[dict]) -> None:
+        """Write everything down. Raises OSError."""
+        page = {"parameters": [p.detach() for p in parameters], "history": history}
+        for key, thing in moving.items():
+            generator = isinstance(thing, torch.Generator)
+            page[key] = thing.get_state() if generator else thing.state_dict()
+        self.pages[name] = page
+        lavae.write(self.pages, self.path)
 
 
 class Progress:
@@ -289,14 +382,17 @@ def parser_of() -> argparse.ArgumentParser:
     add("--latent-map", choices=LATENT_MAPS, default="linear",
         help="an MLP in the place of each L: an ablation (default linear)")
     add("--joint", choices=["identity", "signs"],
-        help="an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. 6; the maps start at I,\n"
-             "or stay at diagonals of +-1")
+        help="an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. 6; the maps start\n"
+             "at I, or stay at diagonals of +-1")
     add("--prior-loss", choices=["kl", "mmd"], default="kl", help="in stage 1 (default kl)")
     add("--dataset", choices=DATASETS, default="mnist",
         help="mnist lies in the repository, the others are downloaded (default mnist)")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
+    add("--record", action="store_true", help="keep frames of stage 1 for evaluate.py's film")
+    add("--resume", action="store_true", help="go on where an interrupted run stopped")
+    add("--overwrite", action="store_true", help="start over in a run folder that is in use")
     add("--out", type=Path, metavar="DIR",
         help="the run folder (default runs/ and the names of --augs, joined by +;\n"
              "a baseline's name before them)")
@@ -307,11 +403,16 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     """The settings, from the preset and the options. Ends the program where they clash."""
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     settings = parser.parse_args(argv)
+    if settings.resume and settings.overwrite:
+        parser.error("--resume and --overwrite exclude each other: leave one out")
+    if settings.record and settings.resume:
+        parser.error("--record needs a run from its start: leave --resume out")
     if settings.no_transfer and settings.transfer:
         parser.error("--transfer and --no-transfer exclude each other: leave one out")
     for option, given, models in (
             ("--baselines", settings.baselines, ["lavae"]), ("--joint", settings.joint, ["lavae"]),
             ("--transfer", settings.transfer, ["lavae", "vae"]),
+            ("--record", settings.record, ["lavae"]),
             ("--latent-map", settings.latent_map != "linear", ["lavae", "vae"]),
             ("--condition", settings.condition, ["cvae"])):
         if given and settings.model not in models:
@@ -340,49 +441,86 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 def with_baselines(settings: argparse.Namespace) -> list[argparse.Namespace]:
     """The settings of the LAVAE, and the same for the baselines, in folders inside its own."""
-    plain = dict(latent_map="linear", joint=None, transfer=[])
+    plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
     return [settings, *(argparse.Namespace(**vars(settings) | plain | {
         "model": name, "out": settings.out / name}) for name in MODELS if name != "lavae")]
 
 
-def is_done(settings: argparse.Namespace) -> bool:
-    """Whether the run folder holds a finished model of the same settings."""
-    try:
-        was, now = lavae.load(settings.out).settings, vars(settings)
-    except (OSError, ValueError):
-        return False
-    elsewhere = ("out", "preset", "device", "data_dir", "baselines", "no_transfer")
-    return all(was.get(key) == value for key, value in now.items() if key not in elsewhere)
+def config_of(settings: argparse.Namespace) -> dict:
+    """What decides the result, as plain data."""
+    return {key: value for key, value in vars(settings).items() if key not in (
+        "out", "data_dir", "preset", "baselines", "no_transfer", "record", "resume",
+        "overwrite")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = parser_of()
     settings = settings_of(parser, argv)
+    runs = with_baselines(settings) if settings.baselines else [settings]
+    usual = signal.signal(signal.SIGINT, interrupt)
     try:
         device = lavae.pick_device(settings.device)
-        x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
-        runs = with_baselines(settings) if settings.baselines else [settings]
         for one in runs:
-            prepare(one.out)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    for one in runs:
-        if settings.baselines and is_done(one):
-            print(f"{one.out} is there already, with the same settings: kept")
-        else:
+            one.device = device.type
+        x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
+        for one in [one for one in runs if prepare(one)]:
             run(x_train, y_train, device, one)
+    except (OSError, ValueError, FloatingPointError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped: the same command with --resume goes on\n")
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        INTERRUPTED.clear()
     print(f"now: python evaluate.py {settings.out}")
 
 
-def prepare(out: Path) -> None:
-    """Make the run folder, and see before the work that it can be written to. Raises OSError."""
+def interrupt(*_) -> None:
+    """The first Ctrl-C ends training after the batch, the second at once."""
+    INTERRUPTED.append(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def prepare(settings: argparse.Namespace) -> bool:
+    """Make the run folder, and see before the work that it can be written to.
+
+    Returns whether there is work to do: not where --resume or --baselines finds the finished run.
+    Raises OSError: it cannot be written, or something there must not be lost.
+    """
+    out, config = settings.out, config_of(settings)
+    finished, begun = out / "model.pt", out / "state.pt"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise OSError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
+    if settings.overwrite:
+        for path in (begun, out / "recording.pt"):  # the finished model stays until there is a new one
+            path.unlink(missing_ok=True)
+    elif begun.is_file():
+        if not settings.resume:
+            raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
+                                  "over with --overwrite, or choose another --out")
+        check_same(begun, Diary(begun, config).pages.get("config"), config)
+    elif finished.is_file():
+        if not (settings.resume or settings.baselines):
+            raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
+                                  "choose another --out")
+        check_same(finished, lavae.load(finished).settings, config)
+        print(f"{out} is finished already, with the same settings: kept")
+        return False
+    return True
+
+
+def check_same(path: Path, was: dict, now: dict) -> None:
+    """Raises ValueError: the settings differ, or are none."""
+    was = was if isinstance(was, dict) else {}
+    for key, value in now.items():
+        if key not in was or was[key] != value:
+            raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
+                             "same options, or --overwrite to start over")
 
 
 def tune_for_cpu(model: LAVAE) -> None:
@@ -418,15 +556,16 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
     model = build(settings).to(device)
     if device.type == "cpu":
         tune_for_cpu(model)
-    config = {key: str(value) if isinstance(value, Path) else value
-              for key, value in vars(settings).items()} | {"device": device.type}
+    config, diary = config_of(settings), Diary(settings.out / "state.pt", config_of(settings))
     history, seconds = {}, {}
 
     def timed(name, f, *arguments):
         start = time.perf_counter()
-        history[name] = f(*arguments)
-        seconds[name] = round(time.perf_counter() - start, 2)
-        return history[name]
+        history[name] = rows = f(*arguments)
+        noted = isinstance(rows[-1], dict) and "seconds" in rows[-1]  # before --resume, too
+        seconds[name] = round(sum(row["seconds"] for row in rows) if noted
+                              else time.perf_counter() - start, 2)
+        return rows
 
     def tensors(augs):  # the views of the training images, uint8 (2^K, N, 28, 28)
         return torch.from_numpy(np.stack(all_views(x_train, augs))).to(device)
@@ -438,14 +577,14 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
           f"of {len(x_train):,} images")
     if isinstance(model, CVAE):
         labels = torch.from_numpy(y_train).long().to(device)
-        timed("stage 1", stage1, model, images, settings, labels)
+        timed("stage 1", stage1, model, images, settings, labels, diary)
     else:
-        timed("stage 1", stage1, model, images, settings)
+        timed("stage 1", stage1, model, images, settings, None, diary)
 
         print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
         latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
         linear = settings.latent_map == "linear" and not settings.joint
-        learn = stage2 if linear else stage2_ablations
+        learn = stage2 if linear else partial(stage2_ablations, diary=diary)
         for row in timed("stage 2", learn, model, latents, settings):
             print("  " + ", ".join(f"{key} {value if key == 'map' else format(value, '.2g')}"
                                    for key, value in row.items()))
@@ -455,12 +594,14 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
         del history["encoding"]
         for names in settings.transfer:
             print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
-            timed("stage 3, " + "+".join(names), stage3, model, names, z, tensors(names), settings)
+            timed("stage 3, " + "+".join(names), stage3, model, names, z, tensors(names), settings,
+                  diary)
 
-    lavae.save(model, settings.out / "model.pt", config)
     metrics = {"config": config, "seconds": seconds, "history": history,
                "images_per_second": history["stage 1"][-1]["images_per_second"]}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    lavae.save(model, settings.out / "model.pt", config)
+    diary.path.unlink(missing_ok=True)
     print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
 
