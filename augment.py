@@ -345,7 +345,7 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     pitch = gap + max(cell, *(math.ceil(label_font.getlength(column)) for column in columns))
     width = left + len(columns) * pitch - gap + margin
     width = max(width, 2 * margin + math.ceil(title_font.getlength(title)))
-    top = margin + 48 + 36
+    top = margin + 48 + (36 if any(columns) else 0)
     height = top + sum(cell + gap if row else 3 * gap for row in rows) - gap + margin
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)

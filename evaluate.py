@@ -33,7 +33,7 @@ import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, all_views, grid, like_mnist, load_images,
                      one_of_each, view_names, views)
-from lavae import CVAE, LAVAE, LatentMap, bce, matrix_power, pixels
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
@@ -63,7 +63,7 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
     """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image."""
     total = sum(bce(decoder(z_b), pixels(x_b)).item() * len(x_b)
-                for z_b, x_b in zip(z.split(1000), images.split(1000)))
+                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)))
     return total / len(images)
 
 
@@ -91,7 +91,7 @@ def identity(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
     to their own image among all N. z (N, latent_dim), images uint8 (N, 28, 28)."""
     targets, hits = pixels(images).flatten(1), 0
     squares = targets.square().sum(1)
-    for own, z_b in zip(torch.arange(len(z), device=z.device).split(1000), z.split(1000)):
+    for own, z_b in zip(torch.arange(len(z), device=z.device).split(BLOCK), z.split(BLOCK)):
         distances = squares - 2 * decoder(z_b).sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
         hits += (distances.argmin(1) == own).sum().item()
     return hits / len(z)
@@ -185,11 +185,11 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     def every_view(z):
         return [model.to_view(z, v) for v, _ in enumerate(names)]
 
-    any_to_any = {
-        name: each(names, model.decoder, every_view(model.from_view(z, v)), images)
-        for v, (name, z) in enumerate(zip(names, encoded))}
-    z = encoded[0]
-    row = measure_baseline(model, x, y, device) | {
+    z, row = encoded[0], measure_baseline(model, x, y, device)
+    any_to_any = {name: each(names, model.decoder, every_view(model.from_view(z_v, v)), images)
+                  if v else {name: row[name] for name in names}
+                  for v, (name, z_v) in enumerate(zip(names, encoded))}
+    row |= {
         "reverse": nats(model.decoder, reverse(model, z), images[-1]),
         "direct": each(names, model.decoder, encoded, images),
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
@@ -324,7 +324,7 @@ def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
     return white @ W.T
 
 
-def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray:
+def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1500) -> np.ndarray:
     """Exact t-SNE, (N, d) to (N, 2): neighbours stay neighbours, distances mean little.
 
     P from Gaussians whose width gives each point `perplexity` neighbours; Q from Student's t in the
@@ -349,14 +349,15 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
         beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
     P = ((p + p.T) / (2 * n)).clamp_(min=1e-12)
 
-    y = torch.from_numpy(pca(x.numpy(), 2).astype(np.float32))
+    y = torch.from_numpy(pca(x.numpy(), 2).astype(np.float32))  # (N, 2), moved by the gradient
     y *= 1e-4 / y[:, 0].std()
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
     for step in range(steps):
         early = step < 250
-        t = 1 / (1 + torch.cdist(y, y, compute_mode="use_mm_for_euclid_dist").square_())
+        squares = y.square().sum(1)
+        t = (squares[:, None] + squares).addmm_(y, y.T, alpha=-2).add_(1).reciprocal_()
         t.fill_diagonal_(0)
-        pull = torch.sub(P * (12 if early else 1), t / t.sum()).mul_(t)
+        pull = torch.mul(t, -1 / t.sum()).add_(P, alpha=12 if early else 1).mul_(t)
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
         same = (gradient * velocity) > 0
         gains = torch.where(same, gains * 0.8, gains + 0.2).clamp_(min=0.01)
@@ -476,18 +477,23 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: in
     labels = list(dict.fromkeys(
         label for row in panels for _, series in row for label, *_ in series))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    gap, top = 64 if scales else 24, 124
+    gap = 64 if scales else 24
     width = max(gap + (side + gap) * max(map(len, panels)),
-                48 + math.ceil(title_font.getlength(title)),
-                48 + sum(math.ceil(label_font.getlength(label)) + 52 for label in labels))
+                48 + math.ceil(title_font.getlength(title)))
+    x, top, places = 24, 89, []
+    for label in labels:
+        wide = 52 + math.ceil(label_font.getlength(label))
+        if x + wide > width and x > 24:
+            x, top = 24, top + 32
+        places.append((x, top))
+        x += wide
+    top += 35
     page = Image.new("RGB", (width, top + (side + 52 + gap // 2) * len(panels)), "white")
     pen = ImageDraw.Draw(page)
     pen.text((24, 24), title, "black", title_font)
-    x = 24
-    for label in labels:
-        pen.ellipse((x, 82, x + 14, 96), fill=colours[label])
-        pen.text((x + 22, 89), label, "black", label_font, "lm")
-        x += 52 + math.ceil(label_font.getlength(label))
+    for label, (x, y) in zip(labels, places):
+        pen.ellipse((x, y - 7, x + 14, y + 7), fill=colours[label])
+        pen.text((x + 22, y), label, "black", label_font, "lm")
     for j, row in enumerate(panels):
         for i, (heading, series) in enumerate(row):
             x0, y0 = gap + i * (side + gap), top + 36 + j * (side + 52 + gap // 2)
@@ -495,15 +501,16 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: in
             pen.rectangle((x0, y0, x0 + side, y0 + side), outline="silver")
             every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
             low, high = every.min(0), every.max(0)
-            span = np.where(high > low, high - low, 1)
-            for label, points, style in series:
+            span, dots = np.where(high > low, high - low, 1), []
+            for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
                 at = (np.asarray(points, float) - low) / span * (side - 24) + 12
-                at = [(x0 + x, y0 + side - y) for x, y in at]
+                dots += [(x0 + x, y0 + side - y, 3 if style == "dots" else 5, colours[label])
+                         for x, y in at]
                 if style == "line":
-                    pen.line(at, colours[label], 4, "curve")
-                for x, y in at if style == "dots" or len(at) < 20 else []:
-                    r = 3 if style == "dots" else 5
-                    pen.ellipse((x - r, y - r, x + r, y + r), fill=colours[label])
+                    pen.line([dot[:2] for dot in dots[-len(at):]], colours[label], 4, "curve")
+            rng = np.random.default_rng(0)  # in any order, so that no series hides another
+            for x, y, r, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
+                pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
             if scales:
                 pen.text((x0, y0 + side + 4), f"{low[0]:.3g}", "black", small)
                 pen.text((x0 + side, y0 + side + 4), f"{high[0]:.3g}", "black", small, "ra")
@@ -602,10 +609,10 @@ def fig5_recursion(s, rounds=7):
     plane = fast_ica(np.concatenate([*latents, path[:, stable], path[:, unstable]]))
     parts = np.split(plane, np.cumsum([400] * len(latents) + [rounds + 1]))
     series = [(name, part, "dots") for name, part in zip(s.names, parts)]
-    series += [(f"path of the {s.columns[i]}", part, "line")
-               for i, part in zip((stable, unstable), parts[len(latents):])]
+    series += [(f"{word}: {s.columns[i]}", part, "line") for word, i, part in zip(
+        ("stable", "unstable"), (stable, unstable), parts[len(latents):])]
     return beside(grid(f"x <- D(E(x) L1), again and again: {s.augs[0]}", s.columns, rows, cell=72),
-                  chart("Test latents and two paths, ICA", [[("", series)]], side=600))
+                  chart("Test latents and two paths, ICA", [[("", series)]], side=500))
 
 
 @figure("Fig. 6: the same latents drawn by the decoder of each transfer")
@@ -640,7 +647,7 @@ def fig9_paired_cvae(s):
 
 
 @figure("Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE")
-def fig10_projections(s, n=250):
+def fig10_projections(s, n=200):
     images = all_views(s.data[2][:n], s.augs)
     z = s.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
@@ -651,7 +658,7 @@ def fig10_projections(s, n=250):
         (f"{cloud}, {name}", [(view, part, "dots") for view, part in zip(
             s.names, np.split(project(points), len(images)))])
         for cloud, points in clouds.items()]
-        for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=380)
+        for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=260)
 
 
 @figure("new digits: z uniform in the bounding box of the training originals' latents; its views")
@@ -756,7 +763,7 @@ def traversals(s):
         moved = z.repeat(len(steps), 1)
         moved[:, i] = steps
         rows.append((f"z{i + 1}", draw(s.model().decoder, moved)))
-    return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 56)
+    return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 52)
 
 
 @figure("the whole latent plane, decoded (--latent-dim 2 only)")

@@ -145,7 +145,7 @@ class LAVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (N, 28, 28) to posterior means (N, latent_dim): the z of stages 2 and 3."""
-        return torch.cat([self.encoder(pixels(block))[0] for block in images.split(1000)])
+        return torch.cat([self.encoder(pixels(block))[0] for block in images.split(BLOCK)])
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
         """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
@@ -212,6 +212,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     return (vectors @ powers @ torch.linalg.inv(vectors)).real.to(L)
 
 
+BLOCK = 250  # images at a time: few enough for the processor's caches
 HEAD_HIDDEN = 256  # units between z and a transfer head's first layer
 
 # ---------------------------------------------------------------- the losses of the three stages
@@ -341,7 +342,7 @@ class CVAE(nn.Module):
         """uint8 images (N, 28, 28), all of one view, to posterior means (N, latent_dim)."""
         condition = self.conditions([view], len(images), labels)
         return torch.cat([self.encoder(pixels(block), c)[0]
-                          for block, c in zip(images.split(1000), condition.split(1000))])
+                          for block, c in zip(images.split(BLOCK), condition.split(BLOCK))])
 
     def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
         """Latents (N, latent_dim) to what makes the decoder draw that view: z and the condition."""
@@ -435,7 +436,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no LAVAE checkpoint of this version: make one "
                          "with train.py") from error
-    return model.requires_grad_(False).eval().to(device)
+    return tune(model.requires_grad_(False).eval().to(device))
+
+
+def tune(model: LAVAE | CVAE) -> LAVAE | CVAE:
+    """The model, and on a CPU half as fast again, with the same numbers."""
+    if next(model.parameters()).device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
+        # glibc hands big blocks of freed memory back to the system, and a step frees and asks for
+        # many: a third of the time. Freeing 31 MiB at once raises its threshold for "big".
+        torch.empty(31 * 2 ** 20, dtype=torch.uint8)
+    return model
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1285,7 +1285,7 @@ def benchmark_stage1(n=8192):
     images, settings = torch.from_numpy(views), settings_of("--epochs", "1")
     model, same = LAVAE(filters=settings.filters), LAVAE(filters=settings.filters)
     for one in (model, same):
-        train.tune_for_cpu(one)
+        lavae.tune(one)
     shuffled = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * n)])
     optimizer = torch.optim.Adam([*same.encoder.parameters(), *same.decoder.parameters()], fused=True)
 

@@ -523,14 +523,6 @@ def check_same(path: Path, was: dict, now: dict) -> None:
                              "same options, or --overwrite to start over")
 
 
-def tune_for_cpu(model: LAVAE) -> None:
-    """Train faster on a CPU, with the same numbers."""
-    model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are written for
-    # glibc hands big blocks of freed memory back to the system, and a step frees and asks for many:
-    # that takes a third of the time. Freeing one block of 31 MiB raises its threshold for "big".
-    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
-
-
 def build(settings: argparse.Namespace) -> LAVAE | CVAE:
     """The untrained model."""
     size = dict(latent_dim=settings.latent_dim, filters=settings.filters)
@@ -553,9 +545,7 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
     x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
     """
     torch.manual_seed(settings.seed)
-    model = build(settings).to(device)
-    if device.type == "cpu":
-        tune_for_cpu(model)
+    model = lavae.tune(build(settings).to(device))
     config, diary = config_of(settings), Diary(settings.out / "state.pt", config_of(settings))
     history, seconds = {}, {}
 
