@@ -504,8 +504,8 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: in
             span, dots = np.where(high > low, high - low, 1), []
             for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
                 at = (np.asarray(points, float) - low) / span * (side - 24) + 12
-                dots += [(x0 + x, y0 + side - y, 3 if style == "dots" else 5, colours[label])
-                         for x, y in at]
+                radius = max(2, side // 140) if style == "dots" else 5
+                dots += [(x0 + x, y0 + side - y, radius, colours[label]) for x, y in at]
                 if style == "line":
                     pen.line([dot[:2] for dot in dots[-len(at):]], colours[label], 4, "curve")
             rng = np.random.default_rng(0)  # in any order, so that no series hides another
@@ -539,7 +539,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Im
         y = 130 + i * height
         pen.text((left - 20, y + 28), label, "black", label_font, "rm")
         pen.rectangle((left, y, left + value * scale, y + 56), fill=(70, 110, 180))
-        pen.text((left + value * scale + 12, y + 28), f"{value:.0f}", "black", label_font, "lm")
+        pen.text((left + value * scale - 12, y + 28), f"{value:.0f}", "white", label_font, "rm")
         if paper is not None:
             x = left + paper * scale
             pen.line((x, y - 10, x, y + 66), (200, 60, 40), 5)
@@ -897,6 +897,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results.setdefault((datasets[run], *scene.augs), []).append(scene.result)
         except (LookupError, ValueError) as error:
             parser.error(f"{run}: {error.args[0]}")
+        except BrokenPipeError:  # who reads the table has seen enough
+            return
         except OSError as error:
             parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy "
                          "the run to where you may write")

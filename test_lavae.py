@@ -1236,29 +1236,46 @@ def test_100_command_lines_end_well(tmp_path, monkeypatch, capsys):
 
 @slow
 def test_50_kills_change_no_bit(tmp_path):
-    """SIGKILL at random moments of a quick run, resumed each time, against an uninterrupted one."""
-    words = [sys.executable, HERE / "train.py", "--preset", "quick", "--device", "cpu", "--filters", "4",
-             "--epochs", "3", "--transfer-epochs", "2", "--out"]
+    """SIGKILL at random moments of all three stages, resumed each time, against an uninterrupted run."""
+    program = f"""import sys; sys.path.insert(0, {str(HERE)!r})
+import augment, train
+images = [part[:6000] for part in augment.load_images()]
+train.load_images = lambda *_: images
+print("loaded", flush=True)
+train.main(sys.argv[1:])"""
+    words = [sys.executable, "-c", program, "--device", "cpu", "--filters", "8", "--preset", "quick",
+             "--epochs", "6", "--transfer-epochs", "5", "--out"]
+
+    def begin(name):
+        process = subprocess.Popen([*words, tmp_path / name, "--resume"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "loaded\n"
+        return process
+
+    process = begin("whole")
     start = time.perf_counter()
-    subprocess.run([*words, tmp_path / "whole"], check=True, capture_output=True)
+    process.communicate()
     whole = time.perf_counter() - start
     rng, kills = np.random.default_rng(0), 0
-    state = tmp_path / "run" / "state.pt"
+    out, epochs = tmp_path / "run", 0
     while kills < 50:
-        process = subprocess.Popen([*words, tmp_path / "run", "--resume"], stdout=subprocess.PIPE, text=True)
+        process = begin("run")
         try:
-            process.communicate(timeout=rng.uniform(0.3, 0.6) * whole)
-            shutil.rmtree(tmp_path / "run")  # it came to its end: once more
+            process.communicate(timeout=rng.uniform(0.05, 0.5) * whole)
+            shutil.rmtree(out)  # it came to its end: once more
+            epochs = 0
             continue
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
-        if state.is_file():
-            lavae.read(state)
-        if (tmp_path / "run" / "model.pt").is_file():
-            lavae.load(tmp_path / "run")
-    subprocess.run([*words, tmp_path / "run", "--resume"], check=True, capture_output=True)
+        if (out / "state.pt").is_file():
+            now = sum(len(page["history"]) for name, page in lavae.read(out / "state.pt").items()
+                      if name != "config")
+            assert now >= epochs  # what was noted is never lost
+            epochs = now
+        if (out / "model.pt").is_file():
+            lavae.load(out)
+    begin("run").communicate()
     a, b = (lavae.load(tmp_path / name).state_dict() for name in ("whole", "run"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
