@@ -519,6 +519,10 @@ def test_one_augmentation_and_three(data, tmp_path):
         result = evaluate.measure(model, few(data), CPU)
         assert [*result["lavae"]["direct"]] == augment.view_names(augs)
         assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total"]
+        scene = evaluate.Scene(tmp_path, {"lavae": model}, few(data), data[2][:10], np.arange(10), CPU, 0)
+        lacking = evaluate.draw_figures(scene, [name for name in evaluate.FIGURES if name != "fig10_projections"])
+        assert [why.split()[0] for why in lacking] == ["fig8_cvae", "fig9_paired_cvae", "table1", "latent_plane",
+                                                       "training_moving"]
 
 
 @pytest.mark.parametrize("words", [
@@ -667,6 +671,8 @@ def test_evaluate_writes_the_tables_and_the_figures(run, data, tmp_path, capsys,
     for name in ("cvae", "cvae-paired", "vae"):
         tiny_run(data, tmp_path / "run" / name, "--model", name)
     monkeypatch.setattr(evaluate, "load_images", lambda *_: few(data))
+    tsne = evaluate.tsne
+    monkeypatch.setattr(evaluate, "tsne", lambda x: tsne(x, steps=100))
     shutil.copytree(tmp_path / "run", tmp_path / "twin")
     evaluate.main([str(tmp_path / "run"), str(tmp_path / "twin"), "--device", "cpu"])
     text = capsys.readouterr().out
@@ -714,6 +720,18 @@ def test_only_and_list_and_digits(small_data, tmp_path, capsys):
         assert page.width < 900
     refused(evaluate.main, [*words, "fig99"], capsys, "fig99", "fig3_views")
     refused(evaluate.main, [*words, "fig3_views", "--digits", "11"], capsys, "11")
+
+
+def test_runs_without_matrices_are_evaluated(small_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MLP_EPOCHS", 1)
+    train.main([*SMALL, "--no-transfer", "--latent-map", "mlp", "--out", str(tmp_path / "mlp")])
+    train.main([*SMALL, "--model", "cvae", "--condition", "both", "--out", str(tmp_path / "cvae")])
+    monkeypatch.setattr(evaluate, "tsne", lambda x: x[:, :2])  # slow, and tested elsewhere
+    evaluate.main([str(tmp_path / "mlp"), str(tmp_path / "cvae"), "--device", "cpu"])
+    assert "CVAE, naive" in capsys.readouterr().out
+    assert json.loads((tmp_path / "mlp" / "evaluation.json").read_text())["lavae"]["group"] is None
+    assert {path.name for path in (tmp_path / "cvae").glob("*.png")} == {"fig8_cvae.png", "training_curves.png"}
+    refused(evaluate.main, [tmp_path / "mlp", "--only", "eigenvalues"], capsys, "linear maps", "--latent-map")
 
 
 def test_a_digit_keeps_its_place(run, data):
