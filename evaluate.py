@@ -351,7 +351,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1500) -> np.ndarray
 
     y = torch.from_numpy(pca(x.numpy(), 2).astype(np.float32))  # (N, 2), moved by the gradient
     y *= 1e-4 / y[:, 0].std()
-    velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), 200
     for step in range(steps):
         early = step < 250
         squares = y.square().sum(1)
