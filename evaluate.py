@@ -539,7 +539,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Im
         y = 130 + i * height
         pen.text((left - 20, y + 28), label, "black", label_font, "rm")
         pen.rectangle((left, y, left + value * scale, y + 56), fill=(70, 110, 180))
-        pen.text((left + value * scale - 12, y + 28), f"{value:.0f}", "white", label_font, "rm")
+        pen.text((left + 12, y + 28), f"{value:.0f}", "white", label_font, "lm")
         if paper is not None:
             x = left + paper * scale
             pen.line((x, y - 10, x, y + 66), (200, 60, 40), 5)
