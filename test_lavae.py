@@ -1176,10 +1176,12 @@ def assert_damage_is_noticed(n, tmp_path, capsys):
     train.main(words)
     shutil.copy(tmp_path / "run" / "model.pt", tmp_path / "run" / "state.pt")
     lavae.write({"config": train.config_of(settings_of(*words)) | {"device": "cpu"}}, tmp_path / "run" / "state.pt")
+    digit_picture(7, 300, "black", "white").save(tmp_path / "run" / "x.png")
     other = Image.new("L", (9, 9)).tobytes() + b"PK\x03\x04"
     capsys.readouterr()
+    pictures_refused = 0
     for k in range(n):
-        name = ("model.pt", "state.pt", "mnist.npz")[k % 3]
+        name = ("model.pt", "state.pt", "mnist.npz", "x.png")[k % 4]
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         if name == "mnist.npz":
             shutil.copy(HERE / "data" / name, tmp_path / "copy" / name)
@@ -1190,6 +1192,14 @@ def assert_damage_is_noticed(n, tmp_path, capsys):
         if name == "mnist.npz":
             with pytest.raises(OSError, match="git checkout"):
                 augment.load_images("mnist", tmp_path / "copy")
+        elif name == "x.png":
+            try:  # a picture may still be one
+                evaluate.main([str(tmp_path / "copy"), "--device", "cpu", "--image", str(tmp_path / "copy" / name)])
+                (tmp_path / "copy" / "image_x.png").unlink()
+            except SystemExit as end:
+                err = capsys.readouterr().err
+                assert end.code == 2 and err.count("\n") == 1 and "x.png" in err
+                pictures_refused += 1
         elif name == "model.pt":
             refused(evaluate.main, [tmp_path / "copy", "--device", "cpu"], capsys, "model.pt")
         else:
@@ -1197,6 +1207,7 @@ def assert_damage_is_noticed(n, tmp_path, capsys):
         assert time.perf_counter() - start < 10
         assert before == {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
         shutil.rmtree(tmp_path / "copy")
+    assert pictures_refused > n / 4 * 0.6
 
 
 def test_damage_is_noticed(small_data, tmp_path, capsys):
