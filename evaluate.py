@@ -773,8 +773,8 @@ def latent_plane(s, n=15):
     at = torch.linspace(-2.5, 2.5, n)
     z = torch.cartesian_prod(at.flip(0), at).flip(1).to(s.device)  # rows: z2 from the top down
     drawn = draw(s.model().decoder, z).reshape(n, n, 28, 28)
-    return grid("D(z): z1 across, z2 upwards", [f"{v:.1f}" for v in at.tolist()],
-                [(f"{v:.1f}", row) for v, row in zip(at.flip(0).tolist(), drawn)], cell=56)
+    heads = [f"{round(v, 1) + 0:.1f}" for v in at.tolist()]  # + 0: no minus before a zero
+    return grid("D(z): z1 across, z2 upwards", heads, [*zip(heads[::-1], drawn)], cell=56)
 
 
 @figure("the losses of each stage, epoch by epoch")
@@ -799,7 +799,8 @@ def training_moving(s):
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise LookupError("needs a run with --record") from error
     return [beside(
-        grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())], 56),
+        grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())],
+             440 // n - 6),
         chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360))
         for step, pictures, points in zip(steps, drawn, plane)]
 
