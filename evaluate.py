@@ -182,13 +182,11 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     encoded = [model.encode(v) for v in images]
     known = [model.encode(v) for v in tensors(x_train[:20_000], model.augs, device)]
 
-    def every_view(z):
-        return [model.to_view(z, v) for v, _ in enumerate(names)]
-
     z, row = encoded[0], measure_baseline(model, x, y, device)
-    any_to_any = {name: each(names, model.decoder, every_view(model.from_view(z_v, v)), images)
-                  if v else {name: row[name] for name in names}
-                  for v, (name, z_v) in enumerate(zip(names, encoded))}
+    any_to_any = {"orig": {name: row[name] for name in names}}
+    for v, (name, z_v) in list(enumerate(zip(names, encoded)))[1:]:
+        latents = views(model.from_view(z_v, v), model.maps)
+        any_to_any[name] = each(names, model.decoder, latents, images)
     row |= {
         "reverse": nats(model.decoder, reverse(model, z), images[-1]),
         "direct": each(names, model.decoder, encoded, images),
@@ -197,7 +195,8 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "any_to_any": any_to_any, "separability": separability(known, encoded),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None}
     return {"lavae": row, "transfer": {
-        key: with_total(each(view_names(augs), head, every_view(z), tensors(x, augs, device)))
+        key: with_total(each(view_names(augs), head, views(z, model.maps),
+                             tensors(x, augs, device)))
         for augs, (key, head) in zip(model.transfers, model.heads.items())}}
 
 
@@ -428,18 +427,22 @@ class Scene:
     def through_maps(self, z: Tensor) -> list[np.ndarray]:
         """What latents (N, latent_dim) give as each view: pictures, uint8 (N, 28, 28)."""
         model = self.model()
-        return [draw(model.decoder, model.to_view(z, v)) for v, _ in enumerate(self.names)]
+        return [draw(model.decoder, z_v) for z_v in views(z, model.maps)]
 
     def through_maps_rows(self, z: Tensor) -> list[tuple[str, np.ndarray]]:
         """The same as rows of a grid, the reverse composition last."""
         rows = list(zip((f"D(z{L})" for L in self.products), self.through_maps(z)))
-        back = "".join(f" L{i}" for i in range(len(self.augs), 0, -1))
-        return rows + [(f"D(z{back})", draw(self.model().decoder, reverse(self.model(), z)))]
+        return rows + [(f"D(z{self.back})", draw(self.model().decoder, reverse(self.model(), z)))]
 
     @property
     def products(self) -> list[str]:
         """What is written behind z for each view: "", " L1", " L2", " L1 L2"."""
         return views("", [lambda s, i=i: f"{s} L{i}" for i in range(1, len(self.augs) + 1)])
+
+    @property
+    def back(self) -> str:
+        """What is written behind z for the reverse composition: " L2 L1"."""
+        return "".join(f" L{i}" for i in range(len(self.augs), 0, -1))
 
 
 FIGURES: dict[str, tuple[Callable, str]] = {}  # name: what draws it, what it shows
@@ -577,10 +580,9 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
 @figure("Fig. 3: every view drawn from the original's latent")
 def fig3_views(s):
     z = s.encode(s.digits)
-    back = "".join(f" L{i}" for i in range(len(s.augs), 0, -1))
     return grid(f"Augment in latent space: {' and '.join(s.augs)}", s.columns, [
         *view_rows(s.augs, s.digits, ([f"D(E(x){L})" for L in s.products], s.through_maps(z))),
-        None, (f"reverse D(E(x){back})", draw(s.model().decoder, reverse(s.model(), z)))])
+        None, (f"reverse D(E(x){s.back})", draw(s.model().decoder, reverse(s.model(), z)))])
 
 
 @figure("Fig. 4: every view back to the original")
@@ -620,7 +622,7 @@ def fig6_transfer(s):
     model, z = s.model(), s.encode(s.digits)
     if not model.transfers:
         raise LookupError("needs a transfer: train with --transfer")
-    latents = [model.to_view(z, v) for v, _ in enumerate(s.names)]
+    latents = views(z, model.maps)
     return {f"fig6_{key}": grid(
         f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
         view_rows(augs, s.digits, ([f"D_B(E(x){L})" for L in s.products],
@@ -652,8 +654,7 @@ def fig10_projections(s, n=200):
     z = s.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
               "latents E(view)": np.concatenate([s.encode(v).cpu().numpy() for v in images]),
-              "mapped E(x) L": np.concatenate([
-                  s.model().to_view(z, v).cpu().numpy() for v, _ in enumerate(images)])}
+              "mapped E(x) L": torch.cat(views(z, s.model().maps)).cpu().numpy()}
     return chart(f"{n} test digits, all views", [[
         (f"{cloud}, {name}", [(view, part, "dots") for view, part in zip(
             s.names, np.split(project(points), len(images)))])
