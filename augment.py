@@ -219,6 +219,7 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
 AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f for f in (
     flip_lr, flip_ud, rotate_cw, rotate_ccw, gaussian_blur, edge_detect, shear_x, canny, mini_image,
     tl_sap_noise, sap_noise)}
+ORDERS = {"flip_lr": 2, "flip_ud": 2, "rotate_cw": 4, "rotate_ccw": 4}  # A^k x = x; others: never
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
@@ -371,8 +372,8 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write a picture of all augmentations, the composition of the named ones last."""
+def parser_of() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
@@ -380,6 +381,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                         + ", ".join(AUGMENTATIONS) + "\n(default flip_lr flip_ud)")
     parser.add_argument("--out", type=Path, default=Path("augmentations.png"), metavar="FILE",
                         help="(default augmentations.png)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a picture of all augmentations, the composition of the named ones last."""
+    parser = parser_of()
     options = parser.parse_args(argv)
     try:
         _, _, x_test, y_test = load_images()

@@ -8,6 +8,7 @@
     python evaluate.py                          # every run under runs/, baselines inside them too
     python evaluate.py runs/flip_lr+flip_ud     # this one
     python evaluate.py runs/seed0 runs/seed1    # these, and their mean and standard deviation
+    python evaluate.py --heatmap                # the runs of train.py --heatmap, and the heat-map
 
 Prints the tables and writes evaluation.json and the figures, PNG, to the run folder. BCE is in nats
 an image, from posterior means, without sampling.
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, all_views, grid, like_mnist, load_images,
-                     one_of_each, view_names, views)
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, pixels
+from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, all_views, grid, like_mnist,
+                     load_images, one_of_each, view_names, views)
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, order_error, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
@@ -111,22 +112,49 @@ def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
     return {signs: round(P.trace().item()) for signs, P in projections.items()}
 
 
-def group(model: LAVAE) -> dict:
-    """The structure of the maps: are they involutions, do they commute, what do they keep?
+def powers(x, maps: Sequence[Callable], exponents: Sequence[int]):
+    """x under the first map as often as the first exponent says, then under the second, .."""
+    for f, n in zip(maps, exponents):
+        for _ in range(n):
+            x = f(x)
+    return x
 
-    Frobenius norms; eigenvalues as [real, imaginary]. "directions" counts joint eigenspaces, for
-    maps that are involutions.
+
+def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The group that augmentations generate: {"rotate_cw^2+flip_lr": (2, 1), ..}, exponents.
+
+    Found from the distinct pictures of a square without symmetry; empty where one has no order.
+    """
+    square, found = np.arange(4, dtype=np.uint8).reshape(1, 2, 2), {}
+    words = product(*(range(ORDERS.get(aug, 0)) for aug in augs))
+    for exponents in sorted(words, key=lambda word: (max(word), sum(word))):  # views come first
+        picture = powers(square, [AUGMENTATIONS[aug] for aug in augs], exponents)
+        found.setdefault(picture.tobytes(), exponents)
+    return {"+".join(f"{aug}^{n}" if n > 1 else aug
+                     for aug, n in zip(augs, exponents) if n) or "orig": exponents
+            for exponents in found.values()}
+
+
+def group(model: LAVAE) -> dict:
+    """The structure of the maps: do they come back, do they commute, what do they keep?
+
+    Frobenius norms; eigenvalues as [real, imaginary]. "order" is |I - L^k|, for A with an order k;
+    "products" |I - (L_i L_j)^2|: 0 for two flips, and for a flip and a turn. "directions" counts
+    joint eigenspaces, for maps that are involutions.
     """
     maps = {aug: f.L.double().cpu() for aug, f in zip(model.augs, model.maps)}
     unit = torch.eye(model.latent_dim, dtype=torch.double)
-    squares = {aug: torch.linalg.norm(unit - L @ L).item() for aug, L in maps.items()}
+    squares = [torch.linalg.norm(unit - L @ L).item() for L in maps.values()]
     return {
-        "involution": squares,
+        "order": {aug: order_error(L, ORDERS[aug]).sqrt().item()
+                  for aug, L in maps.items() if aug in ORDERS},
+        "products": {f"{a}, {b}": order_error(maps[a] @ maps[b], 2).sqrt().item()
+                     for a, b in combinations(maps, 2) if a in ORDERS and b in ORDERS},
         "commutator": {f"{a}, {b}": torch.linalg.norm(maps[a] @ maps[b] - maps[b] @ maps[a]).item()
                        for a, b in combinations(maps, 2)},
         "eigenvalues": {aug: sorted([v.real, v.imag] for v in torch.linalg.eigvals(L).tolist())
                         for aug, L in maps.items()},
-        "directions": pattern_counts([*maps.values()]) if max(squares.values()) < 0.5 else None}
+        "directions": pattern_counts([*maps.values()]) if max(squares) < 0.5 else None}
 
 
 def separability(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> float:
@@ -175,6 +203,15 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 
 
 @torch.no_grad()
+def elements_row(model: LAVAE, x: np.ndarray, z: Tensor) -> dict[str, float]:
+    """The nats of each element of the group, drawn from the codes z of originals x."""
+    functions = [AUGMENTATIONS[aug] for aug in model.augs]
+    return {name: nats(model.decoder, powers(z, model.maps, exponents),
+                       torch.from_numpy(powers(x, functions, exponents)).to(z.device))
+            for name, exponents in elements(model.augs).items()}
+
+
+@torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
     """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
     x_train, _, x, y = data
@@ -191,9 +228,11 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "reverse": nats(model.decoder, reverse(model, z), images[-1]),
         "direct": each(names, model.decoder, encoded, images),
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
-        "involution": [latent_map.involution_error(z).item() for latent_map in model.maps],
+        "order_error": {aug: f.order_error(ORDERS[aug], z).item()
+                        for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
         "any_to_any": any_to_any, "separability": separability(known, encoded),
-        "group": group(model) if isinstance(model.maps[0], LatentMap) else None}
+        "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
+        "elements": elements_row(model, x, z)}
     return {"lavae": row, "transfer": {
         key: with_total(each(view_names(augs), head, views(z, model.maps),
                              tensors(x, augs, device)))
@@ -247,13 +286,19 @@ def report(augs: Sequence[str], result: dict) -> None:
         ("reverse composition", [None] * (len(names) - 1) + [row["reverse"], None])])
     print(f"the views' latents are told apart with {row['separability']:.1%} accuracy")
     if row["group"]:
-        for name, norm in row["group"]["involution"].items():
-            print(f"|I - L L| of {name}: {norm:.1e}")
+        for name, norm in row["group"]["order"].items():
+            print(f"|I - L^{ORDERS[name]}| of {name}: {norm:.1e}")
         for name, norm in row["group"]["commutator"].items():
             print(f"|L1 L2 - L2 L1| of {name}: {norm:.1e}")
+        for name, norm in row["group"]["products"].items():
+            print(f"|I - L1 L2 L1 L2| of {name}: {norm:.1e}")
     if row["group"] and row["group"]["directions"]:
         print(f"latent directions that {' and '.join(augs)} keep (+) or reverse (-): "
               + ", ".join(f"{k} {v}" for k, v in row["group"]["directions"].items()))
+    if len(row["elements"]) > len(names):
+        print_table("the whole group", ["nats", "shown"], [
+            (name, [value, "yes" if name in names else "never"])
+            for name, value in row["elements"].items()])
     for target, row in result["transfer"].items():
         rows = [("LAVAE, D_B(E(x) L)", row.values())]
         if target in PAPER_TOTALS.get(source, {}):
@@ -288,6 +333,35 @@ def report_seeds(augs: Sequence[str], results: Sequence[dict]) -> None:
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation, as text."""
     return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+
+
+def heatmap_of(results: dict[tuple, Sequence[dict]]) -> dict:
+    """The heat-map's numbers: {source: {"native": totals, "separability": .., target: totals}}.
+
+    results: by data set and augmentations, what `measure` gave, a run after the other.
+    """
+    table = {}
+    for (_, *augs), same in results.items():
+        row = table["+".join(augs)] = {"native": [], "separability": []}
+        for result in same:
+            row["native"].append(result["lavae"]["total"])
+            row["separability"].append(result["lavae"]["separability"])
+            for target, transfer in result["transfer"].items():
+                row.setdefault(target, []).append(transfer["total"])
+    return table
+
+
+def report_heatmap(table: dict) -> None:
+    """Print the heat-map, and how many cells are below the paper's."""
+    targets = [*dict.fromkeys(key for row in table.values() for key in row)]
+    print_table("trained on; transferred to", targets, [
+        (source, [statistics.mean(row[key]) * (100 if key == "separability" else 1)
+                  if key in row else None for key in targets]) for source, row in table.items()])
+    cells = [(statistics.mean(row[key]), PAPER_TOTALS[source][target])
+             for source, row in table.items() for target in PAPER_TOTALS.get(source, {})
+             if (key := "native" if source == target else target) in row]
+    print(f"{sum(ours < paper for ours, paper in cells)} of {len(cells)} cells are below the "
+          "paper's; on the diagonal the first decoder counts")
 
 
 # ---------------------------------------------------------------- projections to the plane
@@ -574,6 +648,51 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
     return page
 
 
+def heatmap(table: dict) -> Image.Image:
+    """`heatmap_of` as a picture: rows are sources, columns targets, the paper's totals beneath."""
+    big, label_font, title_font = (ImageFont.load_default(size) for size in (44, 26, 36))
+    columns = [*dict.fromkeys([*PAPER_TOTALS, *(
+        key for row in table.values() for key in row if key not in ("native", "separability"))])]
+    columns = [c for c in columns if any(c in row for row in table.values())]
+    left, top, wide, high = 230, 190, 250, 150
+    page = Image.new("RGB", (left + wide * len(columns) + 230, top + high * len(table) + 80),
+                     "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((32, 28), "Trained on a pair (rows), drawn as another (columns): four views, nats an image",
+             "black", title_font)
+    heads = [*(c.replace("+", "\n") for c in columns), "views\ntold apart"]
+    for i, head in enumerate(heads):
+        pen.multiline_text((left + wide * i + (wide if i < len(columns) else 200) // 2, top - 16),
+                           head, "black", label_font, "md", align="center")
+    for j, (source, row) in enumerate(table.items()):
+        y = top + high * j
+        pen.multiline_text((left - 20, y + high // 2), source.replace("+", "\n"), "black",
+                           label_font, "rm", align="right")
+        for i, target in enumerate(columns):
+            x, paper = left + wide * i, PAPER_TOTALS.get(source, {}).get(target)
+            key, notes = "native" if source == target else target, []
+            if key not in row:
+                continue
+            value = statistics.mean(row[key])
+            if source == target in row:
+                notes.append(f"new decoder {statistics.mean(row[target]):.0f}")
+            if paper:
+                notes.append(f"paper {paper:.0f}")
+            share = 0 if not paper else max(-1, min(1, 2 * math.log(value / paper)))
+            fade = round(255 - 130 * abs(share))  # blue where it is lower than the paper's
+            colour = (255, fade, fade) if share > 0 else (fade, fade, 255)
+            pen.rectangle((x + 3, y + 3, x + wide - 3, y + high - 3), colour, "silver")
+            pen.text((x + wide // 2, y + 46), f"{value:.0f}", "black", big, "mm")
+            for k, note in enumerate(notes):
+                pen.text((x + wide // 2, y + 122 - 32 * (len(notes) - 1 - k)), note, "black",
+                         label_font, "mm")
+        pen.text((left + wide * len(columns) + 100, y + high // 2),
+                 f"{statistics.mean(row['separability']):.0%}", "black", big, "mm")
+    pen.text((32, page.height - 40), "blue: below the paper's, red: above; on the diagonal the "
+             "decoder of stage 1, and beneath it a new one", "black", label_font, "lm")
+    return page
+
+
 # ---------------------------------------------------------------- the paper's figures
 
 
@@ -702,6 +821,21 @@ def table1(s):
     return bar_chart("Table I: total of all views, nats an image", [
         (LABELS[name], row["total"], sum(paper[name]) if name in paper else None)
         for name, row in rows.items()])
+
+
+@figure("every element of the group that turns and flips generate, most of them never shown")
+def group_elements(s):
+    functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
+    if len(found) <= len(s.names):
+        raise LookupError("needs augmentations with more products than views, like rotate_cw")
+    model, z, rows = s.linear(), s.encode(s.digits), []
+    for name, exponents in found.items():
+        product = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
+                          for i, n in enumerate(exponents, 1) if n)
+        new = "" if name in s.names else ", never shown"
+        rows += [None, (name + new, powers(s.digits, functions, exponents)),
+                 (f"D(E(x){product})", draw(model.decoder, powers(z, model.maps, exponents)))]
+    return grid(f"The group of {' and '.join(s.augs)}", s.columns, rows[1:], cell=56)
 
 
 @figure("the eigenvalues of each map around the unit circle")
@@ -846,8 +980,8 @@ def own_image(scene: Scene, path: Path) -> None:
     print(f"wrote {save(page, scene.run / f'image_{path.stem}')}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate the runs that the command line names."""
+def parser_of() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
@@ -860,15 +994,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--image", type=Path, metavar="FILE", help="show this picture of a digit through the maps")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
+    add("--heatmap", action="store_true",
+        help="RUN is a folder of runs that train.py --heatmap made (default runs/heatmap): evaluate\n"
+             "them all, and draw the heat-map; of several folders the means")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate the runs that the command line names."""
+    parser = parser_of()
     options = parser.parse_args(argv)
     if options.list:
         for name, (_, words) in FIGURES.items():
             print(f"{name:22} {words}")
         return
+    if options.heatmap and (options.only or options.image):
+        parser.error("--heatmap draws all figures: leave --only and --image out")
     if options.seed < 0:
         parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
     try:
         runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
+        if options.heatmap:
+            folders = options.runs or [Path("runs/heatmap")]
+            runs = [folder / pair for folder in folders for pair in PAPER_TOTALS
+                    if (folder / pair / "model.pt").is_file()]
+            if not runs:
+                raise FileNotFoundError(f"there is no heat-map in {folders[0]}: train one with "
+                                        "`python train.py --heatmap`")
         if not runs:
             raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
         device = lavae.pick_device(options.device)
@@ -906,6 +1058,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                          "the run to where you may write")
     for (_, *augs), same in results.items():
         report_seeds(augs, same)
+    if options.heatmap:
+        folder, table = runs[0].parent, heatmap_of(results)
+        report_heatmap(table)
+        try:
+            (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
+            print(f"  {save(heatmap(table), folder / 'heatmap')}")
+        except OSError as error:
+            parser.error(f"cannot write to {folder} ({error.strerror}): make room")
     if missing:
         parser.error("; ".join(missing))
 

@@ -102,9 +102,9 @@ class LatentMap(nn.Module):
         """z L^-1, (B, latent_dim) to the same."""
         return z @ torch.linalg.inv(self.L.double().cpu()).to(z)
 
-    def involution_error(self, z: Tensor | None = None) -> Tensor:
-        """||I - L L||_F^2: zero where applying L twice changes nothing. `z` is not needed."""
-        return involution_error(self.L)
+    def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
+        """||I - L^k||_F^2, see `order_error`. `z` is not needed."""
+        return order_error(self.L, order)
 
 
 class LAVAE(nn.Module):
@@ -260,9 +260,19 @@ def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
     return ((L.T @ G @ L).trace() - 2 * (L.T @ C_i).trace() + z_i_squared) / len(L)
 
 
-def involution_error(L: Tensor) -> Tensor:
-    """||I - L L||_F^2: zero where applying L twice changes nothing."""
-    return (torch.eye(len(L), dtype=L.dtype, device=L.device) - L @ L).square().sum()
+def order_error(L: Tensor, order: int | None) -> Tensor:
+    """||I - L^k||_F^2: zero where applying L k times changes nothing.
+
+    k is the augmentation's order: 2 for a flip, the paper's "involution", and 4 for a quarter turn.
+
+    None is for one that never comes back, like canny: then a hundredth of ||I - L L^T||_F^2, since
+    all views have the same prior, and a map should keep lengths. It settles what Eq. 6 leaves open:
+    where all originals agree, because none of them is a drawing of edges, say.
+    """
+    unit = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    if order is None:
+        return (unit - L @ L.T).square().sum() / 100
+    return (unit - torch.linalg.matrix_power(L, order)).square().sum()
 
 
 # ---------------------------------------------------------------- baselines and ablations
@@ -282,9 +292,15 @@ class NonlinearMap(nn.Sequential):
         """The map again: it has no inverse, but should be its own where the augmentation is."""
         return self(z)
 
-    def involution_error(self, z: Tensor) -> Tensor:
-        """Mean |z - f(f(z))|^2 over latents z (N, latent_dim): ||I - L L||^2 where z is white."""
-        return (z - self(self(z))).square().sum() / len(z)
+    def order_error(self, order: int | None, z: Tensor) -> Tensor:
+        """Mean |z - f(f(..z))|^2 over latents z (N, latent_dim): ||I - L^k||^2 where z is white.
+
+        Nothing is asked of the map where the order is None.
+        """
+        again = z
+        for _ in range(order or 0):
+            again = self(again)
+        return (z - again).square().sum() / len(z)
 
 
 LATENT_MAPS = {"linear": LatentMap,

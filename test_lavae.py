@@ -11,6 +11,8 @@ import errno
 import io
 import json
 import math
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,7 +82,7 @@ def tiny_run(data, out, *words):
 def run(data, tmp_path_factory):
     """A finished run folder and its model, left as they are by the tests."""
     out = tmp_path_factory.mktemp("runs") / "flip_lr+flip_ud"
-    return out, tiny_run(data, out, "--epochs", "3")
+    return out, tiny_run(data, out, "--epochs", "6", "--transfer-epochs", "2")
 
 
 # ---------------------------------------------------------------- adabelief.py
@@ -439,9 +441,9 @@ def test_checkpoint_round_trip(run, tmp_path):
 # ---------------------------------------------------------------- train.py
 
 
-def maps_of(z, *targets, **weights):
+def maps_of(z, *targets, augs=("flip_lr", "flip_ud"), **weights):
     """What stage 2 learns from z and its targets."""
-    augs = ["flip_lr", "flip_ud"][:len(targets)]
+    augs = augs[:len(targets)]
     settings = settings_of("--augs", *augs, "--no-transfer")
     vars(settings).update(weights)
     model = LAVAE(augs, latent_dim=z.shape[1], filters=1)
@@ -470,8 +472,67 @@ def test_stage2_finds_a_known_rotation_and_a_known_involution():
     assert torch.allclose(L_rotation, rotation, atol=1e-3)
     plain, = maps_of(z, 0.9 * z @ involution + noise, involution_weight=0.0)
     L, = maps_of(z, 0.9 * z @ involution + noise, involution_weight=1.0)
-    assert lavae.involution_error(L) < 1e-3 < lavae.involution_error(plain)
+    assert lavae.order_error(L, 2) < 1e-3 < lavae.order_error(plain, 2)
     assert torch.allclose(L, involution, atol=0.05)
+
+
+def test_stage2_finds_a_known_quarter_turn():
+    """Of order 4: the paper's k = 2 cannot have it, k = 4 finds it in shrunk and noisy latents."""
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    plane = torch.tensor([[0.0, 1], [-1, 0]])
+    turn = basis @ torch.block_diag(plane, plane, torch.diag(torch.tensor([1.0, -1]))) @ basis.T
+    z = torch.randn(5000, 6, generator=generator)
+    pairs = z, 0.9 * z @ turn + 0.2 * torch.randn(5000, 6, generator=generator)
+    free, = maps_of(*pairs, augs=["rotate_cw"], involution_weight=0.0)
+    L, = maps_of(*pairs, augs=["rotate_cw"])
+    flat, = maps_of(*pairs, augs=["rotate_cw"], paper_involution=True)
+    assert lavae.order_error(L, 4) < 1e-3 < lavae.order_error(free, 4)
+    assert torch.allclose(L, turn, atol=0.05)
+    assert lavae.order_error(flat, 2) < 0.5 < lavae.order_error(turn, 2) and not torch.allclose(flat, turn, atol=0.5)
+
+
+def test_the_order_of_each_map():
+    quarter = torch.tensor([[0.0, 1], [-1, 0]])
+    for L, order, expected in ((quarter, 4, 0), (quarter, 2, 8), (2 * torch.eye(2), 2, 18),
+                               (quarter, None, 0), (2 * torch.eye(2), None, 18 / 100)):
+        assert lavae.order_error(L, order).item() == pytest.approx(expected)
+    halves = lavae.NonlinearMap(2, (3,))
+    z = torch.randn(50, 2)
+    assert halves.order_error(4, z).item() == pytest.approx(
+        (z - halves(halves(halves(halves(z))))).square().sum(1).mean().item())
+    assert halves.order_error(None, z) == 0
+    x = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for name, function in augment.AUGMENTATIONS.items():
+        again = [x]
+        for _ in range(8):
+            again.append(function(again[-1]))
+        back = [k for k in range(1, 9) if np.array_equal(again[k], x)]
+        assert back[:1] == [augment.ORDERS[name]] if name in augment.ORDERS else not back, name
+    assert train.orders_of(settings_of("--augs", "rotate_cw", "flip_lr", "canny", "--no-transfer")) == [4, 2, None]
+    assert train.orders_of(settings_of("--augs", "rotate_cw", "canny", "--paper-involution")) == [2, 2]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_names_views_and_products_agree(k, digits):
+    """View v by its name, by its bits, and as images: the same for K = 1 to 4."""
+    augs = ["shear_x", "flip_ud", "rotate_cw", "mini_image"][:k]
+    torch.manual_seed(k)
+    model = LAVAE(augs, latent_dim=5, filters=1).requires_grad_(False)
+    for latent_map in model.maps:
+        latent_map.L.normal_()
+    names, z = augment.view_names(augs), torch.randn(4, 5)
+    images, latents = augment.all_views(digits[:4], augs), augment.views(z, model.maps)
+    assert len(names) == len(set(names)) == len(images) == len(latents) == 2 ** k
+    for v, name in enumerate(names):
+        x, product = digits[:4], torch.eye(5)
+        for word in name.split("+") if v else []:
+            x, product = augment.AUGMENTATIONS[word](x), product @ model.maps[augs.index(word)].L
+        assert np.array_equal(images[v], x), name
+        for z_v in (latents[v], model.to_view(z, v)):
+            assert torch.allclose(z_v, z @ product, rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(model.from_view(latents[v], v), z, atol=1e-2), name
+    assert len(train.singles(names)) == 1 + k and train.singles(names)[1:] == augs
 
 
 def test_one_cycle_rises_and_falls():
@@ -487,7 +548,7 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
     assert metrics["config"]["filters"] == 8 and metrics["images_per_second"] > 0
     assert list(metrics["history"]) == list(metrics["seconds"])[:1] + ["stage 2", "stage 3, shear_x+canny"]
     losses = [row["loss"] for row in metrics["history"]["stage 1"]]
-    assert losses == sorted(losses, reverse=True) and len(losses) == 3
+    assert losses == sorted(losses, reverse=True) and len(losses) == 6
     first, *_, last = metrics["history"]["stage 1"]
     assert last["loss"] == pytest.approx(last["bce"] + last["kl"] + 30 * last["misfit"], rel=1e-4)
     assert last["bce"] < first["bce"] and last["misfit"] < 0.1
@@ -496,7 +557,7 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
     trained = evaluate.measure(model, few(data), CPU)
     assert trained["lavae"]["total"] < 0.4 * untrained["lavae"]["total"]
     assert trained["transfer"]["shear_x+canny"]["total"] < 0.7 * untrained["transfer"]["shear_x+canny"]["total"]
-    assert max(trained["lavae"]["involution"]) < 1e-3
+    assert max(trained["lavae"]["order_error"].values()) < 1e-3
     # An augmented view comes from the original: without its map it would come out much worse.
     names, images = augment.view_names(model.augs), augment.all_views(digits, model.augs)
     z = model.encode(torch.from_numpy(digits))
@@ -521,8 +582,9 @@ def test_one_augmentation_and_three(data, tmp_path):
         assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total"]
         scene = evaluate.Scene(tmp_path, {"lavae": model}, few(data), data[2][:10], np.arange(10), CPU, 0)
         lacking = evaluate.draw_figures(scene, [name for name in evaluate.FIGURES if name != "fig10_projections"])
-        assert [why.split()[0] for why in lacking] == ["fig8_cvae", "fig9_paired_cvae", "table1", "latent_plane",
-                                                       "training_moving"]
+        assert {why.split()[0] for why in lacking} - {"group_elements"} == {
+            "fig8_cvae", "fig9_paired_cvae", "table1", "latent_plane", "training_moving"}
+        assert ("group_elements needs" in " ".join(lacking)) == ("shear_x" in augs)
 
 
 @pytest.mark.parametrize("words", [
@@ -543,8 +605,8 @@ def test_baselines_and_ablations_learn(words, data, digits, tmp_path, monkeypatc
 
 def test_the_joint_lesson(data, tmp_path):
     """From the identity the signs of the eigenvalues never change, and a blur has to fit all views."""
-    stuck = tiny_run(data, tmp_path / "a", "--joint", "identity", "--no-transfer", "--epochs", "4")
-    free = tiny_run(data, tmp_path / "b", "--joint", "signs", "--no-transfer", "--epochs", "4")
+    stuck = tiny_run(data, tmp_path / "a", "--joint", "identity", "--no-transfer", "--epochs", "8")
+    free = tiny_run(data, tmp_path / "b", "--joint", "signs", "--no-transfer", "--epochs", "8")
     assert evaluate.group(stuck)["directions"] == {"++": 16, "+-": 0, "-+": 0, "--": 0}
     assert evaluate.group(free)["directions"] == {"++": 4, "+-": 4, "-+": 4, "--": 4}
     totals = [evaluate.measure_baseline(m, data[2][:500], data[3][:500], CPU)["total"] for m in (stuck, free)]
@@ -581,11 +643,29 @@ def test_finished_baselines_are_kept(data, tmp_path, monkeypatch, capsys):
     assert "kept" not in capsys.readouterr().out
 
 
+def test_the_commands_in_readme_exist():
+    """Each command line that README names is accepted, and each option belongs to some program."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    spans = [" ".join(span.split()) for span in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)]
+    commands = [shlex.split(command.replace("runs/seedN", "runs/seed0").replace("--seed N", "--seed 0"))
+                for span in spans for command in re.findall(r"python ((?:train|evaluate|augment)\.py[^&#`]*)", span)]
+    assert len(commands) > 15
+    parsers = {"train.py": train.parser_of(), "evaluate.py": evaluate.parser_of(), "augment.py": augment.parser_of()}
+    for program, *words in commands:
+        if program == "train.py":
+            train.settings_of(train.parser_of(), words)
+        else:
+            parsers[program].parse_args(words)
+    known = {option for parser in parsers.values() for action in parser._actions for option in action.option_strings}
+    for span in spans:
+        if not span.startswith(("`python -m", "```")):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)) <= known, span
+
+
 def test_presets_fill_in_and_options_win():
     assert settings_of().filters == 32 and settings_of("--preset", "paper").filters == 64
     paper = settings_of("--preset", "paper", "--epochs", "7")
     assert (paper.epochs, paper.transfer_epochs, paper.batch_size) == (7, 100, 64)
-    assert settings_of().map_weight > 0 and paper.map_weight == 0  # the paper has Eq. 5 alone
     assert settings_of().transfer == [["shear_x", "canny"]] and settings_of().out == Path(
         "runs/flip_lr+flip_ud")
     assert settings_of("--no-transfer").transfer == []
@@ -628,11 +708,30 @@ def test_joint_eigenspaces_are_counted():
         latent_map.L.copy_(L)
     group = evaluate.group(model)
     assert group["directions"] == {"++": 3, "+-": 3, "-+": 1, "--": 3}
-    assert max(group["involution"].values()) < 1e-2 and max(group["commutator"].values()) < 1e-2
+    assert max(group["order"].values()) < 1e-2 and max(group["commutator"].values()) < 1e-2
     assert np.allclose(group["eigenvalues"]["flip_lr"], [[-1, 0]] * 4 + [[1, 0]] * 6, atol=1e-3)
     model.maps[1].L.copy_(torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * 5))
     group = evaluate.group(model)
-    assert group["directions"] is None and group["involution"]["flip_ud"] == pytest.approx(40 ** 0.5)
+    assert group["directions"] is None and group["order"]["flip_ud"] == pytest.approx(40 ** 0.5)
+
+
+def test_the_group_that_augmentations_generate():
+    assert [*evaluate.elements(["flip_lr", "flip_ud"])] == [
+        "orig", "flip_ud", "flip_lr", "flip_lr+flip_ud"]
+    dihedral = evaluate.elements(["rotate_cw", "flip_lr"])
+    assert set(augment.view_names(["rotate_cw", "flip_lr"])) < set(dihedral) and len(dihedral) == 8
+    assert dihedral["rotate_cw^3+flip_lr"] == (3, 1)
+    assert set(evaluate.elements(["flip_lr", "flip_ud", "rotate_cw"])) == set(
+        augment.view_names(["flip_lr", "flip_ud", "rotate_cw"]))
+    assert [*evaluate.elements(["rotate_cw", "rotate_ccw"])] == ["orig", "rotate_ccw", "rotate_cw",
+                                                                "rotate_ccw^2"]
+    assert evaluate.elements(["flip_lr", "canny"]) == {}
+    model = LAVAE(["rotate_cw", "flip_lr"], latent_dim=2, filters=1).requires_grad_(False)
+    model.maps[0].L.copy_(torch.tensor([[0.0, 1], [-1, 0]]))
+    model.maps[1].L.copy_(torch.diag(torch.tensor([1.0, -1])))
+    group = evaluate.group(model)
+    assert max(*group["order"].values(), *group["products"].values()) < 1e-6
+    assert group["commutator"]["rotate_cw, flip_lr"] == pytest.approx(8 ** 0.5) and group["directions"] is None
 
 
 def test_separability_of_clouds():
@@ -682,12 +781,12 @@ def test_evaluate_writes_the_tables_and_the_figures(run, data, tmp_path, capsys,
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     views = augment.view_names(["flip_lr", "flip_ud"])
     assert f"{result['lavae']['total']:.2f}" in text
-    assert [*result["lavae"]] == [*views, "total", "identity", "reverse", "direct", "inverse", "involution",
-                                  "any_to_any", "separability", "group"]
+    assert [*result["lavae"]] == [*views, "total", "identity", "reverse", "direct", "inverse", "order_error",
+                                  "any_to_any", "separability", "group", "elements"]
     assert [*result["baselines"]] == ["cvae", "cvae-paired", "vae"]
     assert all([*row] == [*views, "total", "identity"] for row in result["baselines"].values())
     assert "latent_plane" not in text and "training_moving" not in text  # this run cannot have them
-    for name in set(evaluate.FIGURES) - {"fig6_transfer", "latent_plane", "training_moving"}:
+    for name in set(evaluate.FIGURES) - {"fig6_transfer", "latent_plane", "training_moving", "group_elements"}:
         path, = (tmp_path / "run").glob(f"{name}.*")
         with Image.open(path) as page:
             assert page.width > 600 and page.height > 200 and page.convert("L").getextrema() != (255, 255)
@@ -949,6 +1048,9 @@ def refused(main, argv, capsys, *words):
     (["--joint", "signs", "--latent-map", "mlp"], ["--joint signs", "--latent-map"]),
     (["--baselines", "--model", "vae"], ["--baselines", "--model vae", "leave"]),
     (["--condition", "digit"], ["--condition", "cvae"]),
+    (["--heatmap", "--augs", "flip_lr", "flip_ud"], ["--heatmap", "leave --augs"]),
+    (["--heatmap", "--model", "vae"], ["--heatmap", "--model vae"]),
+    (["--all-targets"], ["--all-targets", "--heatmap"]),
     (["--transfer", "canny", "shear_x", "--model", "cvae"], ["--transfer", "--model cvae"]),
     (["--model", "gan"], ["gan", "cvae-paired"]),
     (["--data-dir", "nowhere"], ["mnist.npz is missing", "git checkout"]),
@@ -1077,6 +1179,69 @@ def test_a_resumed_run_ends_with_the_same_bits(small_data, tmp_path, monkeypatch
     metrics = [json.loads(Path(p, "metrics.json").read_text()) for p in (out, tmp_path / "whole")]
     losses = [[row["loss"] for row in m["history"]["stage 1"]] for m in metrics]
     assert losses[0] == losses[1] and len(losses[0]) == 3 and metrics[0]["seconds"]["stage 1"] > 0
+
+
+def test_the_heat_map_goes_on_after_a_kill_and_repeats_no_pair(small_data, tmp_path, monkeypatch, capsys):
+    words = ["--heatmap", "--device", "cpu", "--filters", "2", "--epochs", "1", "--transfer-epochs", "1",
+             "--out", str(tmp_path / "map")]
+    begun, stage1, trained = [], train.stage1, []
+    monkeypatch.setattr(train, "stage1", lambda model, *more: begun.append("+".join(model.augs)) or stage1(model, *more))
+
+    def killed_after_two(*arguments):
+        if len(begun) == 2:
+            raise Killed
+        return run_one(*arguments)
+
+    run_one = train.run
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(train, "run", killed_after_two)
+        train.main(words)
+    pairs = list(evaluate.PAPER_TOTALS)
+    assert begun == pairs[:2] == ["+".join(pair) for pair in train.PAIRS[:2]]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("model.pt")}
+    assert len(before) == 2
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        kill_after(m, 20)  # of the third pair's 13 batches of stage 1 and 4 times 13 of stage 3
+        train.main(words)
+    refused(train.main, words, capsys, "rotate_cw+flip_lr holds an interrupted run", "--resume")
+    train.main([*words, "--resume"])
+    assert begun == [*pairs[:3], pairs[2], pairs[3]]  # the third's stage 1 was done, and read again
+    assert all(path.read_bytes() == content for path, content in before.items())
+    begun.clear()
+    train.main(words)
+    assert not begun and capsys.readouterr().out.count("kept") >= 4
+    assert all(lavae.load(tmp_path / "map" / pair).transfers == train.PAIRS for pair in pairs)
+
+    monkeypatch.setattr(evaluate, "tsne", lambda x: x[:, :2])  # slow, and tested elsewhere
+    evaluate.main(["--heatmap", str(tmp_path / "map"), "--device", "cpu"])
+    table = json.loads((tmp_path / "map" / "heatmap.json").read_text())
+    assert [*table] == pairs
+    for source in pairs:
+        result = json.loads((tmp_path / "map" / source / "evaluation.json").read_text())
+        assert table[source]["native"] == [result["lavae"]["total"]]
+        assert {target: table[source][target] for target in pairs} == {
+            target: [row["total"]] for target, row in result["transfer"].items()}
+    text = capsys.readouterr().out
+    assert "of 16 cells are below the paper's" in text
+    with Image.open(tmp_path / "map" / "heatmap.png") as page:
+        assert page.width > 1200 and np.asarray(page.convert("L"))[:8].min() == 255
+    refused(evaluate.main, ["--heatmap", str(tmp_path)], capsys, "train.py --heatmap")
+    refused(evaluate.main, ["--heatmap", "--only", "fig3_views"], capsys, "leave --only")
+
+
+def test_the_heat_map_counts_its_cells(capsys):
+    row = dict(native=[300.0, 302.0], separability=[0.9, 0.92])
+    table = {"flip_lr+flip_ud": row | {"flip_lr+flip_ud": [1.0, 1.0], "shear_x+canny": [460.0, 466.0],
+                                       "mini_image+canny": [9.0, 9.0]},
+             "rotate_cw+flip_lr": row | {"shear_x+canny": [900.0, 900.0]}}
+    evaluate.report_heatmap(table)
+    text = capsys.readouterr().out
+    assert "2 of 4 cells" in text and "463.00" in text and "91.00" in text  # not 301, not 900
+    page = np.asarray(evaluate.heatmap(table)).astype(int)
+    blue, red = (((page[..., a] == 255) & (page[..., b] < 250) & (page[..., 1] == page[..., b])).sum()
+                 for a, b in ((2, 0), (0, 2)))
+    assert min(blue, red) > 20_000  # two cells of either colour
+    assert len({*map(len, evaluate.PAPER_TOTALS.values())}) == 1
 
 
 def test_a_finished_run_is_not_overwritten_in_silence(small_data, tmp_path, capsys):
@@ -1222,6 +1387,7 @@ def test_damage_is_noticed_200_times(small_data, tmp_path, capsys):
 OPTIONS = {  # valid values, then invalid ones; None: no value
     "--augs": ["flip_lr", "flip_lr canny", "rotate_cw flip_ud", "flop", "", "flip_lr flip_lr"],
     "--transfer": ["canny", "shear_x canny", "shear_x canny mini_image", "nope nope"],
+    "--heatmap": [None], "--all-targets": [None], "--paper-involution": [None],
     "--no-transfer": [None], "--baselines": [None], "--resume": [None], "--overwrite": [None],
     "--model": ["lavae", "cvae", "cvae-paired", "vae", "gan"], "--condition": ["view", "digit", "both", "x"],
     "--latent-map": ["linear", "mlp", "cubic"], "--joint": ["identity", "signs", "x"],

@@ -2,13 +2,14 @@
 
     stage 1   encoder, decoder   min  BCE(v, D(z)) + KL(q(z|v) || N(0, I)) over all views v   Eq. 5
                                       (and a pinch of stage 2's error, so that there are maps)
-    stage 2   L_1 .. L_K         min  |E(x) L_i - E(A_i x)|^2 + |I - L_i L_i|^2                Eq. 6
+    stage 2   L_1 .. L_K         min  |E(x) L_i - E(A_i x)|^2 + |I - L_i^k|^2, A_i^k x = x     Eq. 6
     stage 3   a new head D_B     min  BCE(view_B(x), D_B(view_L(E(x))))                        Eq. 7
 
     python train.py                                        # flips, then shear_x and canny: minutes
     python train.py --preset quick                         # a minute: for a lecture
     python train.py --augs rotate_cw flip_lr --transfer flip_lr flip_ud    # another pair
     python train.py --baselines                            # and three models to compare it with
+    python train.py --heatmap                              # four pairs, each transferred to all
 
 Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run folder.
 """
@@ -30,15 +31,14 @@ from torch import Tensor
 
 import lavae
 from adabelief import AdaBelief
-from augment import AUGMENTATIONS, DATA_DIR, DATASETS, all_views, load_images, views
-from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, involution_error, kl, map_error, misfit, mmd,
-                   moments, pixels)
+from augment import AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, all_views, load_images, views
+from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, kl, map_error, misfit, mmd, moments, order_error,
+                   pixels)
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=20, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3, map_weight=30),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3, map_weight=30),
-    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3,
-                  map_weight=0),
+    "quick": dict(filters=20, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
+    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
+    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
 MODELS = {  # --model
     "lavae": "LAVAE",
@@ -46,6 +46,9 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its codes of the views",
 }
+PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
+         ["shear_x", "canny"]]  # of the paper's heat-map
+MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
 MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
@@ -71,6 +74,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if settings.joint == "identity":
         parameters += model.maps.parameters()
+    with_misfit = settings.map_weight and isinstance(model, LAVAE) and len(model.shown) > 1
 
     def loss_of(index):
         x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
@@ -79,7 +83,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
         prior = kl(mu, logvar) if settings.prior_loss == "kl" else mmd(mu, logvar, noise)
         loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
         terms = {"bce": reconstruction, "kl": prior}
-        if settings.map_weight and len(model.shown) > 1 and isinstance(model, LAVAE):
+        if with_misfit:
             z, *others = singles(mu.unflatten(0, x.shape[:2]))
             terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
                                else misfit(z, *others))
@@ -88,8 +92,9 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
 
     if settings.record:
         loss_of = recorded(loss_of, model, images, settings, seen * settings.epochs)
+    # A matrix fits as many images as there are latents without any misfit: show it twice as many.
     return fit("stage 1", loss_of, images.shape[:2], parameters, settings.epochs, settings, diary,
-               seen, noise)
+               seen, noise, least=2 * model.latent_dim if with_misfit else 1)
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
@@ -101,24 +106,24 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Returns a dict for each map: mean squared error of the latents, before and after, involution.
+    Returns a dict for each map: mean squared error of the latents, before and after, ||I - L^k||^2.
     """
     history = []
-    for aug, map_i, z_i in zip(model.augs, model.maps, latents[1:]):
+    for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders_of(settings)):
         statistics = moments(latents[0], z_i)
         L = torch.linalg.lstsq(*statistics[:2]).solution.requires_grad_()
         start = map_error(L, *statistics)
         optimizer = AdaBelief([L])
         for t in range(MAP_STEPS):
             optimizer.param_groups[0]["lr"] = MAP_LR * (1 - t / MAP_STEPS)
-            loss = map_error(L, *statistics) + settings.involution_weight * involution_error(L)
+            loss = map_error(L, *statistics) + settings.involution_weight * order_error(L, order)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         map_i.L.data.copy_(L)
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
-                        "involution": involution_error(L).item()})
+                        "order_error": order_error(L, order).item()})
     return history
 
 
@@ -137,15 +142,22 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], settings: argparse
     with torch.no_grad():
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
-                 "involution": f.involution_error(z).item()}
-                for aug, f, z_i in zip(model.augs, model.maps, latents[1:])]
+                 "order_error": f.order_error(order, z).item()}
+                for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:],
+                                              orders_of(settings))]
 
 
 def maps_loss(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> Tensor:
     """Eq. 6 on a batch: E(x), E(A_1 x), .. E(A_K x), (B, latent_dim) each."""
     z = latents[0]
-    return sum((f(z) - z_i).square().mean() + settings.involution_weight * f.involution_error(z)
-               for f, z_i in zip(model.maps, latents[1:]))
+    return sum(
+        (f(z) - z_i).square().mean() + settings.involution_weight * f.order_error(order, z)
+        for f, z_i, order in zip(model.maps, latents[1:], orders_of(settings)))
+
+
+def orders_of(settings: argparse.Namespace) -> list[int | None]:
+    """The order k that each map should have: A_i^k x = x. The paper has 2 for all of them."""
+    return [2 if settings.paper_involution else ORDERS.get(aug) for aug in settings.augs]
 
 
 def singles(views: Sequence) -> list:
@@ -183,16 +195,18 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
 def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
         diary: "Diary | None" = None, seen: int | None = None,
-        noise: torch.Generator | None = None) -> list[dict]:
+        noise: torch.Generator | None = None, least: int = 1) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
-    A batch holds all views of some images, so that no step favours a view; an epoch shows `seen`
-    views, or each of them once. The terms of the loss stay on the device until the epoch ends.
+    A batch holds all views of some images, `least` or more, so that no step favours a view; an
+    epoch shows `seen` views, or each of them once. The terms of the loss stay on the device until
+    the epoch ends.
     With a diary it goes on after the last epoch that the diary has of `name`; `noise` is what
     loss_of draws from. Raises FloatingPointError: a loss is infinite or not a number.
     """
     n_views, n = shape
-    per_batch, per_epoch = max(1, settings.batch_size // n_views), (seen or n_views * n) // n_views
+    per_batch = max(least, settings.batch_size // n_views)
+    per_epoch = (seen or n_views * n) // n_views
     batches = math.ceil(per_epoch / per_batch)
     optimizer, device = AdaBelief(parameters), parameters[0].device
     order = torch.Generator().manual_seed(settings.seed + ORDER)
@@ -356,7 +370,12 @@ def parser_of() -> argparse.ArgumentParser:
         f"{name}: {words}" for name, words in MODELS.items()))
     add("--baselines", action="store_true",
         help="train the LAVAE, and the other models in folders inside its run folder")
-    add("--augs", nargs="+", choices=AUGMENTATIONS, default=["flip_lr", "flip_ud"], metavar="A",
+    add("--heatmap", action="store_true",
+        help="train on each of the paper's four pairs, and transfer each to all four, in folders\n"
+             "inside the run folder (default runs/heatmap); pairs that are finished are kept")
+    add("--all-targets", action="store_true",
+        help="with --heatmap: to the three further pairs of the authors' code, too")
+    add("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
         help=f"augmentations to learn, in the order in which they compose\n"
              f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}")
     add("--transfer", nargs="+", choices=AUGMENTATIONS, action="append", metavar="B",
@@ -374,9 +393,13 @@ def parser_of() -> argparse.ArgumentParser:
     add("--lr", type=RATE, metavar="X", help="the learning rate's peak in stages 1 and 3")
     add("--kl-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
     add("--recon-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
-    add("--map-weight", type=WEIGHT, metavar="X",
-        help="of the maps' misfit in stage 1; 0 leaves Eq. 5 as the paper has it")
-    add("--involution-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 2 (default 1)")
+    add("--map-weight", type=WEIGHT, metavar="X", default=30.0,
+        help="of the maps' misfit in stage 1 (default 30); 0 leaves Eq. 5 as the paper has it")
+    add("--involution-weight", type=WEIGHT, metavar="X", default=1.0,
+        help="of |I - L^k|^2 in stage 2 (default 1)")
+    add("--paper-involution", action="store_true",
+        help="k = 2 for all, as in the paper; without: 2 for flips, 4 for quarter turns; and a\n"
+             "hundredth of |I - L L^T|^2 for augmentations that never come back")
     add("--condition", choices=["view", "digit", "both"],
         help="what --model cvae is told (default view)")
     add("--latent-map", choices=LATENT_MAPS, default="linear",
@@ -403,6 +426,13 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     """The settings, from the preset and the options. Ends the program where they clash."""
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     settings = parser.parse_args(argv)
+    if settings.all_targets and not settings.heatmap:
+        parser.error("--all-targets goes with --heatmap only: add it, or leave it out")
+    if settings.heatmap and (settings.augs or settings.transfer or settings.no_transfer
+                             or settings.baselines):
+        parser.error("--heatmap names the augmentations and transfers itself, and trains no "
+                     "baselines: leave --augs, --transfer, --no-transfer and --baselines out")
+    settings.augs = settings.augs or PAIRS[0]
     if settings.resume and settings.overwrite:
         parser.error("--resume and --overwrite exclude each other: leave one out")
     if settings.record and settings.resume:
@@ -411,6 +441,7 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         parser.error("--transfer and --no-transfer exclude each other: leave one out")
     for option, given, models in (
             ("--baselines", settings.baselines, ["lavae"]), ("--joint", settings.joint, ["lavae"]),
+            ("--heatmap", settings.heatmap, ["lavae"]),
             ("--transfer", settings.transfer, ["lavae", "vae"]),
             ("--record", settings.record, ["lavae"]),
             ("--latent-map", settings.latent_map != "linear", ["lavae", "vae"]),
@@ -435,29 +466,39 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if any(names.count(name) > 1 for name in names):
             parser.error("--augs and --transfer: the same is named twice, name it once")
     prefix = "" if settings.model == "lavae" else settings.model + "-"
-    settings.out = settings.out or Path("runs") / (prefix + "+".join(settings.augs))
+    name = "heatmap" if settings.heatmap else prefix + "+".join(settings.augs)
+    settings.out = settings.out or Path("runs") / name
     return settings
 
 
-def with_baselines(settings: argparse.Namespace) -> list[argparse.Namespace]:
-    """The settings of the LAVAE, and the same for the baselines, in folders inside its own."""
+def runs_of(settings: argparse.Namespace) -> list[argparse.Namespace]:
+    """The settings of all runs that the command line asks for.
+
+    --baselines: the LAVAE, and the others in folders inside its own; --heatmap: a folder a pair.
+    """
+    def changed(name, **changes):
+        return argparse.Namespace(**vars(settings) | changes | {"out": settings.out / name})
+
+    if settings.heatmap:
+        targets = PAIRS + MORE_TARGETS * settings.all_targets
+        return [changed("+".join(pair), augs=pair, transfer=targets) for pair in PAIRS]
     plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
-    return [settings, *(argparse.Namespace(**vars(settings) | plain | {
-        "model": name, "out": settings.out / name}) for name in MODELS if name != "lavae")]
+    others = [name for name in MODELS if name != "lavae"] * settings.baselines
+    return [settings, *(changed(name, model=name, **plain) for name in others)]
 
 
 def config_of(settings: argparse.Namespace) -> dict:
     """What decides the result, as plain data."""
     return {key: value for key, value in vars(settings).items() if key not in (
-        "out", "data_dir", "preset", "baselines", "no_transfer", "record", "resume",
-        "overwrite")}
+        "out", "data_dir", "preset", "baselines", "heatmap", "all_targets", "no_transfer", "record",
+        "resume", "overwrite")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = parser_of()
     settings = settings_of(parser, argv)
-    runs = with_baselines(settings) if settings.baselines else [settings]
+    runs = runs_of(settings)
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
         device = lavae.pick_device(settings.device)
@@ -473,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         signal.signal(signal.SIGINT, usual)
         INTERRUPTED.clear()
-    print(f"now: python evaluate.py {settings.out}")
+    print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{settings.out}")
 
 
 def interrupt(*_) -> None:
@@ -485,7 +526,8 @@ def interrupt(*_) -> None:
 def prepare(settings: argparse.Namespace) -> bool:
     """Make the run folder, and see before the work that it can be written to.
 
-    Returns whether there is work to do: not where --resume or --baselines finds the finished run.
+    Returns whether there is work to do: not where --resume, --baselines or --heatmap finds
+    the finished run.
     Raises OSError: it cannot be written, or something there must not be lost.
     """
     out, config = settings.out, config_of(settings)
@@ -505,7 +547,7 @@ def prepare(settings: argparse.Namespace) -> bool:
                                   "over with --overwrite, or choose another --out")
         check_same(begun, Diary(begun, config).pages.get("config"), config)
     elif finished.is_file():
-        if not (settings.resume or settings.baselines):
+        if not (settings.resume or settings.baselines or settings.heatmap):
             raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
                                   "choose another --out")
         check_same(finished, lavae.load(finished).settings, config)
