@@ -658,7 +658,7 @@ def heatmap(table: dict) -> Image.Image:
     page = Image.new("RGB", (left + wide * len(columns) + 230, top + high * len(table) + 80),
                      "white")
     pen = ImageDraw.Draw(page)
-    pen.text((32, 28), "Trained on a pair (rows), drawn as another (columns): four views, nats an image",
+    pen.text((32, 28), "Trained on a pair (rows), drawn as another (columns): nats, all four views",
              "black", title_font)
     heads = [*(c.replace("+", "\n") for c in columns), "views\ntold apart"]
     for i, head in enumerate(heads):
@@ -995,8 +995,8 @@ def parser_of() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
     add("--heatmap", action="store_true",
-        help="RUN is a folder of runs that train.py --heatmap made (default runs/heatmap): evaluate\n"
-             "them all, and draw the heat-map; of several folders the means")
+        help="RUN is a folder that train.py --heatmap made (default runs/heatmap): evaluate all\n"
+             "that is in it, and draw the heat-map; of several folders the means")
     return parser
 
 

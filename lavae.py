@@ -58,22 +58,21 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
-    `hidden` adds a layer of that width before the linear one, for the heads of stage 3: they must
-    draw what the latents were not made for.
+    `hidden` adds two layers of that width before the linear one, for the heads of stage 3: views
+    that look alike lie close together in z, and a head must tell them apart.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
         super().__init__()
-        self.hidden = nn.Linear(latent_dim, hidden) if hidden else None
+        self.hidden = nn.Sequential(*[nn.Linear(latent_dim, hidden), nn.ReLU(),
+                                      nn.Linear(hidden, hidden), nn.ReLU()] if hidden else [])
         self.linear = nn.Linear(hidden or latent_dim, 2 * filters * 7 * 7)
         self.deconv1 = nn.ConvTranspose2d(2 * filters, filters, kernel_size=4, stride=2, padding=1)
         self.deconv2 = nn.ConvTranspose2d(filters, 1, kernel_size=4, stride=2, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent_dim) to logits of the pixels, (B, 28, 28)."""
-        if self.hidden is not None:
-            z = F.relu(self.hidden(z))
-        h = F.relu(self.linear(z)).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
+        h = F.relu(self.linear(self.hidden(z))).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
         h = F.relu(self.deconv1(h))  # (B, C, 14, 14)
         return self.deconv2(h).squeeze(1)
 
@@ -213,7 +212,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
 
 
 BLOCK = 250  # images at a time: few enough for the processor's caches
-HEAD_HIDDEN = 256  # units between z and a transfer head's first layer
+HEAD_HIDDEN = 512  # units of the two layers between z and the first layer of a transfer head
 
 # ---------------------------------------------------------------- the losses of the three stages
 
