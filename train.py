@@ -393,8 +393,8 @@ def parser_of() -> argparse.ArgumentParser:
     add("--lr", type=RATE, metavar="X", help="the learning rate's peak in stages 1 and 3")
     add("--kl-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
     add("--recon-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
-    add("--map-weight", type=WEIGHT, metavar="X", default=30.0,
-        help="of the maps' misfit in stage 1 (default 30); 0 leaves Eq. 5 as the paper has it")
+    add("--map-weight", type=WEIGHT, metavar="X", default=100.0,
+        help="of the maps' misfit in stage 1 (default 100); 0 leaves Eq. 5 as the paper has it")
     add("--involution-weight", type=WEIGHT, metavar="X", default=1.0,
         help="of |I - L^k|^2 in stage 2 (default 1)")
     add("--paper-involution", action="store_true",
