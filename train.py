@@ -106,7 +106,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Returns a dict for each map: mean squared error of the latents, before and after, ||I - L^k||^2.
+    Returns a dict for each map: mean squared error of the latents, before and after; `order_error`.
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders_of(settings)):
@@ -123,7 +123,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
         map_i.L.data.copy_(L)
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
-                        "order_error": order_error(L, order).item()})
+                        "penalty": order_error(L, order).item()})
     return history
 
 
@@ -142,7 +142,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], settings: argparse
     with torch.no_grad():
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
-                 "order_error": f.order_error(order, z).item()}
+                 "penalty": f.order_error(order, z).item()}
                 for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:],
                                               orders_of(settings))]
 
