@@ -64,8 +64,8 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
     """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image."""
     total = sum(bce(decoder(z_b), pixels(x_b)).item() * len(x_b)
-                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)))
-    return total / len(images)
+                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)) if len(x_b))
+    return total / max(1, len(images))  # of none at all: 0
 
 
 def each(names: Sequence[str], decoder: nn.Module, latents: Sequence[Tensor],
@@ -157,8 +157,8 @@ def group(model: LAVAE) -> dict:
         "directions": pattern_counts([*maps.values()]) if max(squares) < 0.5 else None}
 
 
-def separability(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> float:
-    """The accuracy of a small classifier that tells the views of test latents apart.
+def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+    """Whether a small classifier knows the view of each test latent, (N,) bool for each view.
 
     train, test: the latents of each view, (N, latent_dim). A hidden layer of 64, 5 epochs, seeded.
     """
@@ -174,8 +174,7 @@ def separability(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    hits = sum((classifier(z_v).argmax(1) == v).sum().item() for v, z_v in enumerate(test))
-    return hits / sum(map(len, test))
+    return [classifier(z_v).argmax(1) == v for v, z_v in enumerate(test)]
 
 
 @torch.no_grad()
@@ -217,9 +216,10 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     x_train, _, x, y = data
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
-    known = [model.encode(v) for v in tensors(x_train[:20_000], model.augs, device)]
-
     z, row = encoded[0], measure_baseline(model, x, y, device)
+    mapped = views(z, model.maps)
+    known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
+    apart = told_apart(known, mapped)
     any_to_any = {"orig": {name: row[name] for name in names}}
     for v, (name, z_v) in list(enumerate(zip(names, encoded)))[1:]:
         latents = views(model.from_view(z_v, v), model.maps)
@@ -230,13 +230,17 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
         "order_error": {aug: f.order_error(ORDERS[aug], z).item()
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
-        "any_to_any": any_to_any, "separability": separability(known, encoded),
+        "any_to_any": any_to_any, "separability": torch.cat(apart).double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
         "elements": elements_row(model, x, z)}
-    return {"lavae": row, "transfer": {
-        key: with_total(each(view_names(augs), head, views(z, model.maps),
-                             tensors(x, augs, device)))
-        for augs, (key, head) in zip(model.transfers, model.heads.items())}}
+    transfer = {}
+    for augs, (key, head) in zip(model.transfers, model.heads.items()):
+        images = tensors(x, augs, device)
+        transfer[key] = with_total(each(view_names(augs), head, mapped, images)) | {
+            word: nats(head, *(torch.cat([part[chosen == yes] for part, chosen in zip(parts, apart)])
+                               for parts in (mapped, images)))
+            for word, yes in (("told_apart", True), ("confused", False))}
+    return {"lavae": row, "transfer": transfer}
 
 
 # ---------------------------------------------------------------- tables
@@ -284,7 +288,7 @@ def report(augs: Sequence[str], result: dict) -> None:
         *((f"from {name}", with_total(v).values()) for name, v in row["any_to_any"].items()),
         ("direct, D(E(view))", with_total(row["direct"]).values()),
         ("reverse composition", [None] * (len(names) - 1) + [row["reverse"], None])])
-    print(f"the views' latents are told apart with {row['separability']:.1%} accuracy")
+    print(f"the views' latents, z L, are told apart with {row['separability']:.1%} accuracy")
     if row["group"]:
         for name, norm in row["group"]["order"].items():
             print(f"|I - L^{ORDERS[name]}| of {name}: {norm:.1e}")
@@ -300,10 +304,13 @@ def report(augs: Sequence[str], result: dict) -> None:
             (name, [value, "yes" if name in names else "never"])
             for name, value in row["elements"].items()])
     for target, row in result["transfer"].items():
-        rows = [("LAVAE, D_B(E(x) L)", row.values())]
+        columns = [*view_names(target.split("+")), "total"]
+        rows = [("LAVAE, D_B(E(x) L)", [row[c] for c in columns])]
         if target in PAPER_TOTALS.get(source, {}):
-            rows.append(("  paper", [None] * (len(row) - 1) + [PAPER_TOTALS[source][target]]))
-        print_table(f"transfer to {target}", row, rows)
+            rows.append(("  paper", [None] * len(names) + [PAPER_TOTALS[source][target]]))
+        print_table(f"transfer to {target}", columns, rows)
+        print(f"a view: {row['told_apart']:.1f} where it is told apart from the others, "
+              f"{row['confused']:.1f} where not")
 
 
 def report_seeds(augs: Sequence[str], results: Sequence[dict]) -> None:
@@ -687,7 +694,7 @@ def heatmap(table: dict) -> Image.Image:
                 pen.text((x + wide // 2, y + 122 - 32 * (len(notes) - 1 - k)), note, "black",
                          label_font, "mm")
         pen.text((left + wide * len(columns) + 100, y + high // 2),
-                 f"{statistics.mean(row['separability']):.0%}", "black", big, "mm")
+                 f"{statistics.mean(row['separability']):.1%}", "black", big, "mm")
     pen.text((32, page.height - 40), "blue: below the paper's, red: above; on the diagonal the "
              "decoder of stage 1, and beneath it a new one", "black", label_font, "lm")
     return page

@@ -82,7 +82,7 @@ def tiny_run(data, out, *words):
 def run(data, tmp_path_factory):
     """A finished run folder and its model, left as they are by the tests."""
     out = tmp_path_factory.mktemp("runs") / "flip_lr+flip_ud"
-    return out, tiny_run(data, out, "--epochs", "6", "--transfer-epochs", "2")
+    return out, tiny_run(data, out, "--epochs", "6", "--transfer-epochs", "4")
 
 
 # ---------------------------------------------------------------- adabelief.py
@@ -595,7 +595,8 @@ def test_one_augmentation_and_three(data, tmp_path):
         model = tiny_run(data, tmp_path, "--augs", *augs, "--transfer", *augs[::-1])
         result = evaluate.measure(model, few(data), CPU)
         assert [*result["lavae"]["direct"]] == augment.view_names(augs)
-        assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total"]
+        assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total",
+                                                                     "told_apart", "confused"]
         scene = evaluate.Scene(tmp_path, {"lavae": model}, few(data), data[2][:10], np.arange(10), CPU, 0)
         lacking = evaluate.draw_figures(scene, [name for name in evaluate.FIGURES if name != "fig10_projections"])
         assert {why.split()[0] for why in lacking} - {"group_elements"} == {
@@ -754,8 +755,13 @@ def test_separability_of_clouds():
     generator = torch.Generator().manual_seed(0)
     clouds = torch.randn(3, 1000, 4, generator=generator)
     moved = clouds + 10 * torch.eye(3, 4)[:, None]
-    assert evaluate.separability(moved[:, :800], moved[:, 800:]) == 1
-    assert abs(evaluate.separability(clouds[:, :800], clouds[:, 800:]) - 1 / 3) < 0.08
+    assert torch.stack(evaluate.told_apart(moved[:, :800], moved[:, 800:])).all()
+    luck = torch.stack(evaluate.told_apart(clouds[:, :800], clouds[:, 800:]))
+    assert luck.shape == (3, 200) and abs(luck.double().mean() - 1 / 3) < 0.08
+    moved[0, 900:], moved[1, 900:] = moved[1, 900:].clone(), moved[0, 900:].clone()  # half of two views change places
+    right = evaluate.told_apart(moved[:, :800], moved[:, 800:])
+    assert [view[:100].all().item() for view in right] == [True] * 3
+    assert [view[100:].any().item() for view in right] == [False, False, True]
 
 
 def test_measure_agrees_with_the_formulas(run, data, digits):
@@ -1237,6 +1243,9 @@ def test_the_heat_map_goes_on_after_a_kill_and_repeats_no_pair(small_data, tmp_p
         assert table[source]["native"] == [result["lavae"]["total"]]
         assert {target: table[source][target] for target in pairs} == {
             target: [row["total"]] for target, row in result["transfer"].items()}
+        apart = table[source]["separability"][0]
+        for row in result["transfer"].values():  # the two kinds of views make up the total
+            assert 4 * (apart * row["told_apart"] + (1 - apart) * row["confused"]) == pytest.approx(row["total"])
     text = capsys.readouterr().out
     assert "of 16 cells are below the paper's" in text
     with Image.open(tmp_path / "map" / "heatmap.png") as page:

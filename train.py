@@ -389,7 +389,9 @@ def parser_of() -> argparse.ArgumentParser:
     add("--latent-dim", type=COUNT, metavar="N", default=16, help="(default 16)")
     add("--epochs", type=COUNT, metavar="N", help="of stage 1, over all views of all images")
     add("--transfer-epochs", type=COUNT, metavar="N", help="of stage 3, the same for each head")
-    add("--batch-size", type=COUNT, metavar="N", help="images a step")
+    add("--batch-size", type=COUNT, metavar="N",
+        help="images a step, all views counted; stage 1 takes 2 * latent dim * views or more,\n"
+             "because fewer would have no misfit")
     add("--lr", type=RATE, metavar="X", help="the learning rate's peak in stages 1 and 3")
     add("--kl-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
     add("--recon-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
