@@ -647,11 +647,14 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
         for real, imaginary in values:
             x, y = x0 + real * unit, y0 - imaginary * unit
             pen.ellipse((x - 9, y - 9, x + 9, y + 9), outline=(70, 110, 180), width=4)
-        for at in (-1, 1):
+        for at, name, anchor in ((1, "+1", "rb"), (-1, "-1", "lb"), (1j, "+i", "lt"),
+                                 (-1j, "-i", "lb")):
             near = sum(abs(complex(*v) - at) < 0.1 for v in values)
             if near > 1:
-                pen.text((x0 + at * (unit - 24), y0 - 12), f"{near} at {at:+d}", (70, 110, 180),
-                         label_font, "rb" if at > 0 else "lb")
+                inside = at * (unit - 24)
+                pen.text((x0 + inside.real + 12 * (at.real == 0), y0 - inside.imag
+                          - 12 * (at.imag == 0)), f"{near} at {name}", (70, 110, 180),
+                         label_font, anchor)
     return page
 
 
