@@ -140,21 +140,22 @@ def group(model: LAVAE) -> dict:
 
     Frobenius norms; eigenvalues as [real, imaginary]. "order" is |I - L^k|, for A with an order k;
     "products" |I - (L_i L_j)^2|: 0 for two flips, and for a flip and a turn. "directions" counts
-    joint eigenspaces, for maps that are involutions.
+    joint eigenspaces, for involutions that commute.
     """
     maps = {aug: f.L.double().cpu() for aug, f in zip(model.augs, model.maps)}
-    unit = torch.eye(model.latent_dim, dtype=torch.double)
-    squares = [torch.linalg.norm(unit - L @ L).item() for L in maps.values()]
+    pairs = [(f"{a}, {b}", maps[a], maps[b]) for a, b in combinations(maps, 2)]
+    commutator = {pair: torch.linalg.norm(L @ M - M @ L).item() for pair, L, M in pairs}
+    squares = [order_error(L, 2).sqrt().item() for L in maps.values()]
     return {
         "order": {aug: order_error(L, ORDERS[aug]).sqrt().item()
                   for aug, L in maps.items() if aug in ORDERS},
-        "products": {f"{a}, {b}": order_error(maps[a] @ maps[b], 2).sqrt().item()
-                     for a, b in combinations(maps, 2) if a in ORDERS and b in ORDERS},
-        "commutator": {f"{a}, {b}": torch.linalg.norm(maps[a] @ maps[b] - maps[b] @ maps[a]).item()
-                       for a, b in combinations(maps, 2)},
+        "products": {pair: order_error(L @ M, 2).sqrt().item() for pair, L, M in pairs
+                     if all(aug in ORDERS for aug in pair.split(", "))},
+        "commutator": commutator,
         "eigenvalues": {aug: sorted([v.real, v.imag] for v in torch.linalg.eigvals(L).tolist())
                         for aug, L in maps.items()},
-        "directions": pattern_counts([*maps.values()]) if max(squares) < 0.5 else None}
+        "directions": (pattern_counts([*maps.values()])
+                       if max([*squares, *commutator.values()]) < 0.5 else None)}
 
 
 def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> list[Tensor]:

@@ -751,6 +751,15 @@ def test_the_group_that_augmentations_generate():
     assert group["commutator"]["rotate_cw, flip_lr"] == pytest.approx(8 ** 0.5) and group["directions"] is None
 
 
+def test_reflections_that_do_not_commute_share_no_directions():
+    model = LAVAE(latent_dim=2, filters=1).requires_grad_(False)
+    model.maps[0].L.copy_(torch.tensor([[0.0, 1], [1, 0]]))
+    model.maps[1].L.copy_(torch.diag(torch.tensor([1.0, -1])))
+    group = evaluate.group(model)
+    assert max(group["order"].values()) < 1e-6 and group["directions"] is None
+    assert group["products"]["flip_lr, flip_ud"] == pytest.approx(8 ** 0.5)  # a quarter turn, squared, is -I
+
+
 def test_separability_of_clouds():
     generator = torch.Generator().manual_seed(0)
     clouds = torch.randn(3, 1000, 4, generator=generator)
