@@ -590,6 +590,13 @@ def test_same_seed_same_bits(data, tmp_path):
     assert not torch.equal(a["encoder.conv1.weight"], c["encoder.conv1.weight"])
 
 
+def test_the_papers_involution_changes_stage_2_alone(data, tmp_path):
+    words = ["--augs", "rotate_cw", "flip_lr", "--no-transfer"]
+    ours, paper = (tiny_run(data, tmp_path / name, *words, *more).state_dict()
+                   for name, more in (("a", []), ("b", ["--paper-involution"])))
+    assert {key for key in ours if not torch.equal(ours[key], paper[key])} == {"maps.0.L"}  # a flip's k is 2
+
+
 def test_one_augmentation_and_three(data, tmp_path):
     for augs in (["rotate_cw"], ["flip_lr", "rotate_cw", "shear_x"]):
         model = tiny_run(data, tmp_path, "--augs", *augs, "--transfer", *augs[::-1])
