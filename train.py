@@ -36,7 +36,7 @@ from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, kl, map_error, misfit, mmd, mo
                    pixels)
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=20, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
+    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
     "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
