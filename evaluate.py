@@ -203,21 +203,13 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 
 
 @torch.no_grad()
-def elements_row(model: LAVAE, x: np.ndarray, z: Tensor) -> dict[str, float]:
-    """The nats of each element of the group, drawn from the codes z of originals x."""
-    functions = [AUGMENTATIONS[aug] for aug in model.augs]
-    return {name: nats(model.decoder, powers(z, model.maps, exponents),
-                       torch.from_numpy(powers(x, functions, exponents)).to(z.device))
-            for name, exponents in elements(model.augs).items()}
-
-
-@torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
     """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
     x_train, _, x, y = data
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
     z, row = encoded[0], measure_baseline(model, x, y, device)
+    functions = [AUGMENTATIONS[aug] for aug in model.augs]
     mapped = views(z, model.maps)
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = told_apart(known, mapped)
@@ -233,12 +225,15 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
         "any_to_any": any_to_any, "separability": torch.cat(apart).double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
-        "elements": elements_row(model, x, z)}
+        "elements": {name: row[name] if name in names else nats(
+            model.decoder, powers(z, model.maps, exponents),
+            torch.from_numpy(powers(x, functions, exponents)).to(device))
+            for name, exponents in elements(model.augs).items()}}
     transfer = {}
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         images = tensors(x, augs, device)
         transfer[key] = with_total(each(view_names(augs), head, mapped, images)) | {
-            word: nats(head, *(torch.cat([part[chosen == yes] for part, chosen in zip(parts, apart)])
+            word: nats(head, *(torch.cat([part[known == yes] for part, known in zip(parts, apart)])
                                for parts in (mapped, images)))
             for word, yes in (("told_apart", True), ("confused", False))}
     return {"lavae": row, "transfer": transfer}
@@ -841,11 +836,11 @@ def group_elements(s):
         raise LookupError("needs augmentations with more products than views, like rotate_cw")
     model, z, rows = s.linear(), s.encode(s.digits), []
     for name, exponents in found.items():
-        product = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
+        letters = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
                           for i, n in enumerate(exponents, 1) if n)
         new = "" if name in s.names else ", never shown"
         rows += [None, (name + new, powers(s.digits, functions, exponents)),
-                 (f"D(E(x){product})", draw(model.decoder, powers(z, model.maps, exponents)))]
+                 (f"D(E(x){letters})", draw(model.decoder, powers(z, model.maps, exponents)))]
     return grid(f"The group of {' and '.join(s.augs)}", s.columns, rows[1:], cell=56)
 
 
