@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 class AdaBelief(Optimizer):
     """AdaBelief on `torch._foreach_*`: one call for each operation, whatever the number of tensors.
 
+    Memory for temporaries is kept from step to step: to ask the system for it anew, and to give it
+    back, took longer than the arithmetic.
+
     Args:
         params: tensors, or dicts that define parameter groups.
         lr: step size.
@@ -42,6 +45,12 @@ class AdaBelief(Optimizer):
             raise ValueError(f"betas must lie in [0, 1): {betas}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       decoupled=decoupled, rectify=rectify))
+        self.scratch = {}  # a tensor like each parameter
+
+    def __setstate__(self, state):
+        """For copies and pickles: they have scratch of their own."""
+        super().__setstate__(state)
+        self.scratch = {}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -58,6 +67,8 @@ class AdaBelief(Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(step=0, m=torch.zeros_like(p), s=torch.zeros_like(p))
+                if p not in self.scratch:
+                    self.scratch[p] = torch.empty_like(p)
                 state["step"] += 1
                 same_age.setdefault(state["step"], []).append(p)
             for t, params in same_age.items():
@@ -69,15 +80,17 @@ class AdaBelief(Optimizer):
         g = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         s = [self.state[p]["s"] for p in params]
+        scratch = [self.scratch[p] for p in params]
         if decay and group["decoupled"]:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
             g = torch._foreach_add(g, params, alpha=decay)
 
         torch._foreach_lerp_(m, g, 1 - b1)
-        surprise = torch._foreach_sub(g, m)
+        for surprise, g_p, m_p in zip(scratch, g, m):
+            torch.sub(g_p, m_p, out=surprise)
         torch._foreach_mul_(s, b2)
-        torch._foreach_addcmul_(s, surprise, surprise, value=1 - b2)
+        torch._foreach_addcmul_(s, scratch, scratch, value=1 - b2)
         torch._foreach_add_(s, eps)
 
         # The corrections for the zero start are mere numbers: they go into the step.
@@ -92,6 +105,7 @@ class AdaBelief(Optimizer):
                                    / ((t_max - 4) * (t_max - 2) * t_eff))
         else:
             eps *= root  # the authors' code divides by sqrt(s) + eps when it rectifies, not by s'
-        denom = torch._foreach_sqrt(s)
-        torch._foreach_add_(denom, eps)
-        torch._foreach_addcdiv_(params, m, denom, value=-step_size * root)
+        for denom, s_p in zip(scratch, s):
+            torch.sqrt(s_p, out=denom)
+        torch._foreach_add_(scratch, eps)
+        torch._foreach_addcdiv_(params, m, scratch, value=-step_size * root)
