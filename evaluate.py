@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, product
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, all_views, grid, like_mnist,
-                     load_images, one_of_each, view_names, views)
+from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, all_views, grid,
+                     like_mnist, load_images, one_of_each, view_names, views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, order_error, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
@@ -142,7 +142,7 @@ def group(model: LAVAE) -> dict:
     "products" |I - (L_i L_j)^2|: 0 for two flips, and for a flip and a turn. "directions" counts
     joint eigenspaces, for involutions that commute.
     """
-    maps = {aug: f.L.double().cpu() for aug, f in zip(model.augs, model.maps)}
+    maps = {aug: f.L.cpu().double() for aug, f in zip(model.augs, model.maps)}
     pairs = [(f"{a}, {b}", maps[a], maps[b]) for a, b in combinations(maps, 2)]
     commutator = {pair: torch.linalg.norm(L @ M - M @ L).item() for pair, L, M in pairs}
     squares = [order_error(L, 2).sqrt().item() for L in maps.values()]
@@ -223,7 +223,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
         "order_error": {aug: f.order_error(ORDERS[aug], z).item()
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
-        "any_to_any": any_to_any, "separability": torch.cat(apart).double().mean().item(),
+        "any_to_any": any_to_any, "separability": torch.cat(apart).cpu().double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
         "elements": {name: row[name] if name in names else nats(
             model.decoder, powers(z, model.maps, exponents),
@@ -259,17 +259,29 @@ def models_of(result: dict) -> dict[str, dict]:
     return {name: rows[name] for name in LABELS if name in rows}
 
 
-def report(augs: Sequence[str], result: dict) -> None:
+def paper_table(dataset: str, augs: Sequence[str]) -> dict[str, list[float]]:
+    """The paper's Table I for these augmentations, by --model: each view. Empty where it has none;
+    all its numbers are MNIST's."""
+    return PAPER_TABLE.get("+".join(augs), {}) if dataset == "mnist" else {}
+
+
+def paper_totals(dataset: str, source: str) -> dict[str, float]:
+    """The paper's totals for this source pair, by target pair; likewise."""
+    return PAPER_TOTALS.get(source, {}) if dataset == "mnist" else {}
+
+
+def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     """Print the tables of a run, the paper's numbers beneath where it has them."""
     source, names = "+".join(augs), view_names(augs)
-    columns, paper = [*names, "total"], PAPER_TABLE.get("+".join(augs), {})
+    columns, paper = [*names, "total"], paper_table(dataset, augs)
+    totals = paper_totals(dataset, source)
     rows = []
     for name, row in models_of(result).items():
         rows.append((LABELS[name], [row[c] for c in columns]))
         if name in paper:
             rows.append(("  paper", with_total(dict(enumerate(paper[name]))).values()))
-        elif name == "lavae" and source in PAPER_TOTALS:
-            rows.append(("  paper", [None] * len(names) + [PAPER_TOTALS[source][source]]))
+        elif name == "lavae" and source in totals:
+            rows.append(("  paper", [None] * len(names) + [totals[source]]))
     print_table("Table I, nats an image", columns, rows)
     if "cvae-paired" in paper and "cvae-paired" in models_of(result):
         print("(the paper gives 695.68 as the total of its last row, which adds up to 596.69)")
@@ -302,8 +314,8 @@ def report(augs: Sequence[str], result: dict) -> None:
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
         rows = [("LAVAE, D_B(E(x) L)", [row[c] for c in columns])]
-        if target in PAPER_TOTALS.get(source, {}):
-            rows.append(("  paper", [None] * len(names) + [PAPER_TOTALS[source][target]]))
+        if target in totals:
+            rows.append(("  paper", [None] * len(names) + [totals[target]]))
         print_table(f"transfer to {target}", columns, rows)
         print(f"a view: {row['told_apart']:.1f} where it is told apart from the others, "
               f"{row['confused']:.1f} where not")
@@ -354,17 +366,19 @@ def heatmap_of(results: dict[tuple, Sequence[dict]]) -> dict:
     return table
 
 
-def report_heatmap(table: dict) -> None:
-    """Print the heat-map, and how many cells are below the paper's."""
+def report_heatmap(dataset: str, table: dict) -> None:
+    """Print the heat-map, and how many cells are below the paper's, where it has them."""
     targets = [*dict.fromkeys(key for row in table.values() for key in row)]
     print_table("trained on; transferred to", targets, [
         (source, [statistics.mean(row[key]) * (100 if key == "separability" else 1)
                   if key in row else None for key in targets]) for source, row in table.items()])
-    cells = [(statistics.mean(row[key]), PAPER_TOTALS[source][target])
-             for source, row in table.items() for target in PAPER_TOTALS.get(source, {})
+    cells = [(statistics.mean(row[key]), paper)
+             for source, row in table.items()
+             for target, paper in paper_totals(dataset, source).items()
              if (key := "native" if source == target else target) in row]
-    print(f"{sum(ours < paper for ours, paper in cells)} of {len(cells)} cells are below the "
-          "paper's; on the diagonal the first decoder counts")
+    if cells:
+        print(f"{sum(ours < paper for ours, paper in cells)} of {len(cells)} cells are below the "
+              "paper's; on the diagonal the first decoder counts")
 
 
 # ---------------------------------------------------------------- projections to the plane
@@ -386,7 +400,7 @@ def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
     must: w <- E[x g(w x)] - E[g'(w x)] w for each direction, then all made orthogonal again.
     """
     white = pca(x.astype(np.float64), k)
-    white /= white.std(0)
+    white /= white.std(0).clip(min=1e-12)  # of latents that carry nothing
     W = np.linalg.qr(np.random.default_rng(seed).standard_normal((k, k)))[0]
     for _ in range(1000):
         g = np.tanh(white @ W.T)
@@ -456,6 +470,7 @@ class Scene:
     """What figures are made from: a run, measured, and the digits that all of them show."""
     run: Path
     models: dict[str, LAVAE | CVAE]  # by the name of --model
+    dataset: str  # its name
     data: Sequence[np.ndarray]  # as load_images gives it
     digits: np.ndarray  # uint8 (n, 28, 28), one image of each class
     labels: np.ndarray  # (n,), their classes
@@ -474,7 +489,7 @@ class Scene:
 
     @property
     def columns(self) -> list[str]:
-        return [str(label) for label in self.labels]
+        return [CLASSES[self.dataset][label] for label in self.labels]
 
     @property
     def augs(self) -> list[str]:
@@ -654,7 +669,7 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
     return page
 
 
-def heatmap(table: dict) -> Image.Image:
+def heatmap(dataset: str, table: dict) -> Image.Image:
     """`heatmap_of` as a picture: rows are sources, columns targets, the paper's totals beneath."""
     big, label_font, title_font = (ImageFont.load_default(size) for size in (44, 26, 36))
     columns = [*dict.fromkeys([*PAPER_TOTALS, *(
@@ -675,7 +690,7 @@ def heatmap(table: dict) -> Image.Image:
         pen.multiline_text((left - 20, y + high // 2), source.replace("+", "\n"), "black",
                            label_font, "rm", align="right")
         for i, target in enumerate(columns):
-            x, paper = left + wide * i, PAPER_TOTALS.get(source, {}).get(target)
+            x, paper = left + wide * i, paper_totals(dataset, source).get(target)
             key, notes = "native" if source == target else target, []
             if key not in row:
                 continue
@@ -694,8 +709,9 @@ def heatmap(table: dict) -> Image.Image:
                          label_font, "mm")
         pen.text((left + wide * len(columns) + 100, y + high // 2),
                  f"{statistics.mean(row['separability']):.1%}", "black", big, "mm")
-    pen.text((32, page.height - 40), "blue: below the paper's, red: above; on the diagonal the "
-             "decoder of stage 1, and beneath it a new one", "black", label_font, "lm")
+    colours = "blue: below the paper's, red: above; " if dataset == "mnist" else f"{dataset}; "
+    pen.text((32, page.height - 40), colours + "on the diagonal the decoder of stage 1, and "
+             "beneath it a new one", "black", label_font, "lm")
     return page
 
 
@@ -821,7 +837,7 @@ def any_to_any(s):
 
 @figure("the totals of Table I as bars")
 def table1(s):
-    rows, paper = models_of(s.result), PAPER_TABLE.get("+".join(s.augs), {})
+    rows, paper = models_of(s.result), paper_table(s.dataset, s.augs)
     if len(rows) < 2:
         raise LookupError("needs baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
@@ -851,16 +867,16 @@ def eigenvalues(s):
 
 @figure("half an augmentation: L^t beside the blend (1 - t) I + t L")
 def partial_augmentation(s):
-    return partial(s, np.linspace(0, 1, 9), 84)
+    return part_of(s, np.linspace(0, 1, 9), 84)
 
 
 @figure("the same, moving (GIF)")
 def partial_moving(s):
-    there = [partial(s, [t], 56) for t in np.linspace(0, 1, 13)]
+    there = [part_of(s, [t], 56) for t in np.linspace(0, 1, 13)]
     return there + there[::-1]
 
 
-def partial(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
+def part_of(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
     """D(E(x) L^t) and D(E(x) ((1 - t) I + t L)) of the first map, for each t."""
     model = s.linear()
     L = model.maps[0].L
@@ -976,14 +992,19 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
     return missing
 
 
-def own_image(scene: Scene, path: Path) -> None:
-    """A picture of one's own: as MNIST would have it, reconstructed, and through every map."""
-    x = like_mnist(path)
-    pictures = scene.through_maps(scene.encode(x[None]))
-    rows = [(name, [view[0], picture[0]]) for name, view, picture in zip(
-        scene.names, all_views(x[None], scene.augs), pictures)]
-    page = grid(f"{path.name}, prepared as MNIST is", ["image", "D(E(x) L)"], rows, cell=168)
-    print(f"wrote {save(page, scene.run / f'image_{path.stem}')}")
+def own_images(scene: Scene, paths: Sequence[Path]) -> None:
+    """Pictures of one's own, a row each: as MNIST would have it, under every view, and what the maps
+    draw in its place. Raises ValueError: one cannot be read."""
+    x = np.stack([like_mnist(path) for path in paths])
+    columns = [(text, pictures) for name, L, view, drawn in zip(
+        scene.names, scene.products, all_views(x, scene.augs), scene.through_maps(scene.encode(x)))
+        for text, pictures in ((name, view), (f"D(E(x){L})", drawn))]
+    rows = [(path.stem if len(path.stem) < 20 else f"{path.stem[:18]}..",
+             [pictures[i] for _, pictures in columns]) for i, path in enumerate(paths)]
+    page = grid("x as MNIST would have it, its views, and what the maps draw from x alone",
+                [text for text, _ in columns], rows, cell=140)
+    name = f"image_{paths[0].stem}" if len(paths) == 1 else "images"
+    print(f"wrote {save(page, scene.run / name)}")
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -997,7 +1018,8 @@ def parser_of() -> argparse.ArgumentParser:
     add("--digits", nargs="+", type=int, choices=range(10), metavar="D",
         help="the classes that the figures show (default: all)")
     add("--seed", type=int, default=0, metavar="N", help="of what is sampled (default 0)")
-    add("--image", type=Path, metavar="FILE", help="show this picture of a digit through the maps")
+    add("--image", nargs="+", type=Path, metavar="FILE",
+        help="show these pictures or photos of a digit each through the maps")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
     add("--heatmap", action="store_true",
@@ -1029,7 +1051,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                         "`python train.py --heatmap`")
         if not runs:
             raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
-        device = lavae.pick_device(options.device)
+        device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
         families = {run: load_family(run, device) for run in runs}
         datasets = {run: next(iter(models.values())).settings["dataset"]
                     for run, models in families.items()}
@@ -1040,17 +1062,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run, models in families.items():
         x, y = data[datasets[run]][2:]
         labels = np.array(sorted(set(options.digits or y.tolist())))
-        scene = Scene(run, models, data[datasets[run]], one_of_each(x, y)[labels], labels, device,
-                      options.seed)
+        scene = Scene(run, models, datasets[run], data[datasets[run]],
+                      one_of_each(x, y)[labels], labels, device, options.seed)
         try:
             if options.image:
-                own_image(scene, options.image)
+                own_images(scene, options.image)
             elif options.only:
                 missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
             else:
                 print(f"\n{run}: {' and '.join(scene.augs)}, {datasets[run]}, "
                       f"{len(x):,} test images")
-                report(scene.augs, scene.result)
+                report(scene.dataset, scene.augs, scene.result)
                 (run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
                 print()
                 draw_figures(scene, [*FIGURES])  # those that this run can have
@@ -1062,18 +1084,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         except OSError as error:
             parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy "
                          "the run to where you may write")
+        except (MemoryError, RuntimeError) as error:
+            if not lavae.is_out_of_memory(error):
+                raise
+            parser.error(f"{run}: the memory is full: close other programs, or evaluate on another "
+                         "--device")
     for (_, *augs), same in results.items():
         report_seeds(augs, same)
     if options.heatmap:
         folder, table = runs[0].parent, heatmap_of(results)
-        report_heatmap(table)
+        report_heatmap(datasets[runs[0]], table)
         try:
             (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
-            print(f"  {save(heatmap(table), folder / 'heatmap')}")
+            print(f"  {save(heatmap(datasets[runs[0]], table), folder / 'heatmap')}")
         except OSError as error:
             parser.error(f"cannot write to {folder} ({error.strerror}): make room")
     if missing:
         parser.error("; ".join(missing))
+
+
+@torch.no_grad()
+def some_pictures(run: Path, device: torch.device) -> list[Tensor]:
+    """What the first model of a run sees in noise and draws of it, as the device computes it."""
+    model = next(iter(load_family(run, device).values()))
+    x = np.random.default_rng(0).integers(0, 256, (100, 28, 28), np.uint8)
+    latents = latents_of_views(model, x, np.arange(100) % 10, device)
+    return [*latents, *map(model.decoder, latents)]
 
 
 def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:

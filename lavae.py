@@ -11,12 +11,14 @@ order: encoder and decoder, the maps, the model, the losses of the three stages;
     flipped = model.decoder(model.maps[0](mu)).sigmoid()   # A_1 x, drawn from z L_1
 """
 
+import ctypes
 import hashlib
 import io
 import math
 import os
 import pickle
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +80,12 @@ class Decoder(nn.Module):
 
 
 def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """z = mu + exp(logvar / 2) * eps with eps ~ N(0, I): the reparameterisation trick."""
-    eps = torch.randn(mu.shape, generator=generator, device=mu.device)
+    """z = mu + exp(logvar / 2) * eps with eps ~ N(0, I): the reparameterisation trick.
+
+    eps is drawn where the generator lives, which decides the numbers.
+    """
+    drawn_on = mu.device if generator is None else generator.device
+    eps = torch.randn(mu.shape, generator=generator, device=drawn_on).to(mu.device)
     return mu + torch.exp(logvar / 2) * eps
 
 
@@ -99,7 +105,7 @@ class LatentMap(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z L^-1, (B, latent_dim) to the same."""
-        return z @ torch.linalg.inv(self.L.double().cpu()).to(z)
+        return z @ torch.linalg.inv(self.L.cpu().double()).float().to(z.device)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
         """||I - L^k||_F^2, see `order_error`. `z` is not needed."""
@@ -197,7 +203,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     one has no real power of its own: two of them share a plane, which turns by pi t. An odd one out
     shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and no real matrix's square would be.
     """
-    values, vectors = torch.linalg.eig(L.double().cpu())
+    values, vectors = torch.linalg.eig(L.cpu().double())
     size, angle = values.abs() ** t, values.angle()
     negative = [i for i, v in enumerate(values) if v.imag == 0 and v.real < 0]
     angle[negative] = 0
@@ -208,7 +214,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
         powers[j, i], powers[j, j] = s * size[i], c * size[j]
     if len(negative) % 2:
         powers[negative[-1], negative[-1]] = (1 - 2 * t) * size[negative[-1]]
-    return (vectors @ powers @ torch.linalg.inv(vectors)).real.to(L)
+    return (vectors @ powers @ torch.linalg.inv(vectors)).real.to(L.dtype).to(L.device)
 
 
 BLOCK = 250  # images at a time: few enough for the processor's caches
@@ -250,7 +256,7 @@ def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     z = E(x) and z_i = E(A_i x), (N, d) each; the result is float64 on the CPU.
     """
-    z, z_i = z.double().cpu(), z_i.double().cpu()
+    z, z_i = z.cpu().double(), z_i.cpu().double()  # not every device has float64
     return z.T @ z / len(z), z.T @ z_i / len(z), (z_i ** 2).sum() / len(z)
 
 
@@ -392,7 +398,8 @@ def write(content: dict, path: str | Path) -> None:
     torch.save(content, buffer)
     try:
         with open(part, "wb") as file:
-            file.write(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+            file.write(buffer.getbuffer())
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -474,3 +481,58 @@ def pick_device(name: str = "auto") -> torch.device:
         there = ", ".join(key for key in available if available[key])
         raise ValueError(f"device {name!r} is not available here: choose from auto, {there}")
     return torch.device(name)
+
+
+def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> torch.device:
+    """The device called `name`, see `pick_device`, where it computes what the CPU does.
+
+    compute: gives a device's tensors, which may be 1% of their length away from the CPU's. (Any two
+    devices add in another order; some have been 10% and more away, and said nothing.) If they are
+    further away, or cannot be computed, "auto" is the CPU. Raises ValueError: any other name.
+    """
+    device = pick_device(name)
+    if device.type == "cpu":
+        return device
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as exact as it can
+            pairs = [(ours.detach(), theirs.detach().cpu()) for ours, theirs in zip(
+                compute(torch.device("cpu")), compute(device), strict=True)]
+        far = max((torch.dist(a, b) / a.norm().clamp(min=1e-30)).nan_to_num(math.inf).item()
+                  for a, b in pairs)
+        if far < 0.01:
+            print(f"{device.type} computes what the CPU does, within {far:.0e}")
+            return device
+        why = f"computes something else than the CPU here, {far:.0%} away"
+    except RuntimeError as error:  # an operation that it lacks, no memory
+        why = f"cannot do what is needed ({str(error).splitlines()[0]})"
+    if name != "auto":
+        raise ValueError(f"{device.type} {why}: choose --device cpu, or try a newer torch")
+    print(f"{device.type} {why}: the CPU is taken")
+    return torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a device has left, as far as its system says: else all that it has, or infinity."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # torch >= 2.6
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if sys.platform == "win32":  # a MEMORYSTATUSEX: 64 bytes, its own length first
+        status = (ctypes.c_uint64 * 8)(64)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on any device."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

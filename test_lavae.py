@@ -5,6 +5,7 @@
     python test_lavae.py            # no test: how fast things are, beside what they stand in for
 """
 
+import argparse
 import contextlib
 import copy
 import errno
@@ -18,7 +19,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import adabelief_pytorch
@@ -28,6 +32,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import functional as F
 
 import adabelief
@@ -175,6 +183,24 @@ def test_adabelief_counts_the_steps_of_each_tensor():
     alone.grad = torch.ones(2)
     adabelief.AdaBelief([alone]).step()
     assert torch.equal(b, alone) and not torch.equal(a, b)
+
+
+def test_adabelief_asks_for_no_memory_twice():
+    """After the first step each operation writes to memory that is there already."""
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.extend([op] * (op.namespace == "aten"))
+            return op(*args, **kwargs or {})
+
+    net, called = small_net(), []
+    optimizer = adabelief.AdaBelief(net.parameters())
+    steps(net, optimizer, 1)
+    with Operations():
+        optimizer.step()
+    assert len(called) > 5
+    assert all(op._schema.name.endswith("_") or "out" in op._overloadname for op in called), called
+    twin = copy.deepcopy(optimizer)  # and does not share it with a copy
+    assert optimizer.scratch and not twin.scratch
 
 
 # ---------------------------------------------------------------- augment.py
@@ -606,7 +632,7 @@ def test_one_augmentation_and_three(data, tmp_path):
         assert [*result["lavae"]["direct"]] == augment.view_names(augs)
         assert [*result["transfer"]["+".join(augs[::-1])]] == [*augment.view_names(augs[::-1]), "total",
                                                                      "told_apart", "confused"]
-        scene = evaluate.Scene(tmp_path, {"lavae": model}, few(data), data[2][:10], np.arange(10), CPU, 0)
+        scene = evaluate.Scene(tmp_path, {"lavae": model}, "mnist", few(data), data[2][:10], np.arange(10), CPU, 0)
         lacking = evaluate.draw_figures(scene, [name for name in evaluate.FIGURES if name != "fig10_projections"])
         assert {why.split()[0] for why in lacking} - {"group_elements"} == {
             "fig8_cvae", "fig9_paired_cvae", "table1", "latent_plane", "training_moving"}
@@ -876,7 +902,7 @@ def test_runs_without_matrices_are_evaluated(small_data, tmp_path, monkeypatch, 
 def test_a_digit_keeps_its_place(run, data):
     """In a figure, the picture under a column head is that digit's."""
     x, y = data[2][:500], data[3][:500]
-    scene = evaluate.Scene(run[0], {"lavae": run[1]}, few(data), augment.one_of_each(x, y), np.arange(10), CPU, 0)
+    scene = evaluate.Scene(run[0], {"lavae": run[1]}, "mnist", few(data), augment.one_of_each(x, y), np.arange(10), CPU, 0)
     page = np.asarray(evaluate.fig3_views(scene).convert("L"))
     cell, pitch, top = 84, 90, 108
     left = page.shape[1] - 24 - 10 * pitch + 6
@@ -1011,6 +1037,92 @@ def test_a_picture_becomes_like_mnist(tmp_path):
     palette = Image.fromarray(page).convert("P")
     palette.save(path)
     assert np.array_equal(augment.like_mnist(path), x)
+
+
+STROKES = {  # of a pen, through these points in a box of 7x10, y downwards
+    2: ["1,3 2,1 4.5,0 7,0.8 8,2.8 6.5,5 3.5,7.5 0.8,10 4,9.7 9,10"],
+    3: ["1,1 4,0 7.5,1 7.5,3.5 3.5,4.7 7.5,6 8.5,8 5.5,10 1,9.2"],
+    4: ["5.5,0 1,6 9,6", "7,3 6.5,10"],
+    5: ["2.5,0.3 1.8,4.5 5,4 8.2,6 7.5,8.8 4,10 1,9", "2.5,0.2 8.5,0"],
+    7: ["1,0.5 8.5,0 6,4 4,10", "3,5 7.5,4.7"]}
+PHOTOS = ("shade 35%", "shade 60%", "ruled paper", "thin pen", "grain", "off-centre")
+
+
+def photo(digit, kind, rng):
+    """A photo of a digit on paper, 480x640: its light, its lines, its pen, its noise, its place."""
+    at, tall, pen = ((330, 430), 160, 13) if kind == "off-centre" else ((150, 190), 270, 4 if kind == "thin pen" else 20)
+    ink = Image.new("L", (960, 1280))
+    for stroke in STROKES[digit]:
+        points = [tuple(2 * (a + tall / 10 * b * c) for a, b, c in zip(at, map(float, point.split(",")), (0.7, 1)))
+                  for point in stroke.split()]
+        ImageDraw.Draw(ink).line(points, 255, 2 * pen, "curve")
+        for x, y in points:
+            ImageDraw.Draw(ink).ellipse((x - pen, y - pen, x + pen, y + pen), 255)
+    ink = np.asarray(ink.resize((480, 640), Image.Resampling.BOX)) / 255
+    if kind == "clean":
+        return Image.fromarray((255 - 255 * ink).astype(np.uint8))
+    y, x = np.mgrid[:640, :480]
+    paper = np.where((y + 0.02 * x) % 42 < 2, 150.0, 228.0) if kind == "ruled paper" else 228.0
+    page = paper * (1 - ink) + 55 * ink
+    page *= 1 - {"shade 35%": 0.35, "shade 60%": 0.6}.get(kind, 0) * (0.5 * x / 480 + 0.5 * y / 640) ** 1.3
+    page = cv2.GaussianBlur(page, (0, 0), 1) + rng.normal(0, 16 if kind == "grain" else 3, page.shape)
+    return Image.fromarray(page.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def photos_read(digits, tmp_path):
+    """How many photos look like the clean drawing when both are prepared; the names of the others."""
+    rng, missed = np.random.default_rng(0), []
+    for digit in digits:
+        photo(digit, "clean", rng).save(tmp_path / "clean.png")
+        clean = cv2.GaussianBlur(augment.like_mnist(tmp_path / "clean.png"), (0, 0), 1)
+        for kind in PHOTOS:
+            photo(digit, kind, rng).save(tmp_path / "photo.jpg", quality=85)
+            x = cv2.GaussianBlur(augment.like_mnist(tmp_path / "photo.jpg"), (0, 0), 1)
+            if np.corrcoef(x.ravel(), clean.ravel())[0, 1] <= 0.8:
+                missed.append((digit, kind))
+    return len(digits) * len(PHOTOS) - len(missed), missed
+
+
+def test_photos_are_read_like_drawings(tmp_path):
+    assert photos_read([5], tmp_path) == (6, [])
+
+
+@slow
+def test_30_photos_are_read_like_drawings(tmp_path):
+    read, missed = photos_read([*STROKES], tmp_path)
+    print(f"{read} of 30, not {missed}")
+    assert read >= 27
+
+
+def test_the_largest_figure_of_a_photo_is_taken(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    seven, four = (np.asarray(photo(digit, "shade 35%", rng).convert("L")) for digit in (7, 4))
+    Image.fromarray(seven).save(tmp_path / "seven.png")
+    small = np.asarray(Image.fromarray(four).resize((320, 426)))
+    Image.fromarray(np.hstack([seven, np.vstack([small, small[-1:].repeat(214, 0)])])).save(tmp_path / "both.png")
+    alone = augment.like_mnist(tmp_path / "seven.png")
+    assert capsys.readouterr().out == ""
+    together = augment.like_mnist(tmp_path / "both.png")
+    assert "both.png shows 2 figures" in capsys.readouterr().out
+    assert np.corrcoef(alone.ravel(), together.ravel())[0, 1] > 0.9
+
+
+def test_several_pictures_are_rows_of_one_page(run, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path / "run")
+    names = [tmp_path / f"{name}.png" for name in ("one", "a_name_of_thirty_characters_or_so")]
+    for digit, path in enumerate(names):
+        digit_picture(digit, 100, "black", "white").save(path)
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--image", *map(str, names)])
+    page = np.asarray(Image.open(tmp_path / "run" / "images.png").convert("L"))
+    for row, image in enumerate(map(augment.like_mnist, names)):  # the first column of each row is the picture as prepared
+        tile = np.kron(image, np.ones((5, 5), np.uint8))
+        error, _, (x, y), _ = cv2.minMaxLoc(cv2.matchTemplate(page, tile, cv2.TM_SQDIFF))
+        assert error < 100 and y == 108 + row * 146 and x < 450
+    names.append(tmp_path / "none.png")
+    (tmp_path / "run" / "images.png").unlink()
+    capsys.readouterr()
+    refused(evaluate.main, [tmp_path / "run", "--device", "cpu", "--image", *names], capsys, "none.png")
+    assert not (tmp_path / "run" / "images.png").exists()
 
 
 def test_pictures_that_are_none(run, tmp_path, capsys, monkeypatch):
@@ -1163,6 +1275,108 @@ def strange_checkpoints(path):
     yield good | {"kind": "LAVAE checkpoint, version 1"}
 
 
+# ---------------------------------------------------------------- memory
+
+
+EIGHT = [*augment.AUGMENTATIONS][:8]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--filters", "1000000"], ["the weights take 3.07e+06 GB", "--filters"]),
+    (["--filters", "1" + "0" * 20], ["the weights take inf GB", "--filters"]),
+    (["--latent-dim", "3000000"], ["the weights take", "--latent-dim"]),
+    (["--augs", *EIGHT], ["the views of the images take 26.1 GB", "--augs"]),
+    (["--augs", *augment.AUGMENTATIONS], ["the views of the images take 208 GB", "--augs"]),
+    (["--batch-size", "1000000"], ["the images of a step take", "--batch-size"])])
+def test_what_does_not_fit_is_refused_before_it_begins(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lavae, "free_memory", lambda device: 8e9)
+    (tmp_path / "state.pt").write_text("mine")
+    tracemalloc.start()
+    refused(train.main, [*argv, "--overwrite", "--out", tmp_path], capsys, "has 8 GB left", *words)
+    assert tracemalloc.get_traced_memory()[1] < 200e6  # the images, and their file
+    tracemalloc.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_what_a_run_needs_is_what_it_takes(data):
+    """The reckoning of the views beside numpy's own account, and of the weights beside their number."""
+    settings = settings_of("--augs", "flip_lr", "flip_ud", "rotate_cw", "--no-transfer")
+    needs = {what: size for what, size, _ in train.memory_of(settings, 2000)}
+    tracemalloc.start()
+    np.stack(augment.all_views(data[0][:2000], settings.augs))
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken == pytest.approx(needs["views of the images"], rel=0.2)
+    assert needs["weights"] == 32 * sum(p.numel() for p in train.build(settings).parameters())
+    assert all(size < 100e6 for _, size, _ in train.memory_of(settings_of(), 2000))
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried .."),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 7 bytes."),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB, max allowed: 1.00 GB).")])
+def test_a_failed_allocation_is_one_line(error, small_data, tmp_path, monkeypatch, capsys):
+    train.main([*SMALL, "--no-transfer", "--out", str(tmp_path)])
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "stage1", fail)
+    capsys.readouterr()
+    refused(train.main, [*SMALL, "--overwrite", "--out", tmp_path], capsys, "memory is full", "lower")
+    assert (tmp_path / "model.pt").read_bytes() == before
+    monkeypatch.setattr(evaluate, "measure", fail)
+    refused(evaluate.main, [tmp_path, "--device", "cpu"], capsys, "memory is full", str(tmp_path))
+    for main in (train.main, evaluate.main):  # what is no lack of memory is not said to be one
+        monkeypatch.setattr(train, "stage1", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(evaluate, "measure", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(RuntimeError, match="size"):
+            main([*SMALL, "--overwrite", "--out", str(tmp_path)] if main is train.main else [str(tmp_path)])
+
+
+@slow
+def test_memory_that_the_system_refuses(tmp_path):
+    """A real limit: 32 views of all of MNIST in a process that may have 2 GB more than it has."""
+    pytest.importorskip("resource")
+    program = f"""import sys; sys.path.insert(0, {str(HERE)!r})
+import resource, train
+used = 1024 * int(next(line for line in open("/proc/self/status") if "VmSize" in line).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 10 ** 9, -1))
+train.main(sys.argv[1:])"""
+    words = ["--augs", *EIGHT[:5], "--device", "cpu", "--out", tmp_path / "run"]
+    end = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert end.returncode == 2 and end.stderr.count("\n") == 1 and "memory is full" in end.stderr, end.stderr
+
+
+def test_free_memory_on_every_system(monkeypatch):
+    """Here, and on systems that are not here: what they would answer is put in their place."""
+    assert 1e8 < lavae.free_memory(CPU) < 2 ** 50
+    monkeypatch.setattr(lavae.Path, "read_text", lambda *_: "MemTotal: 9 kB\nMemAvailable: 5 kB\n")
+    assert lavae.free_memory(CPU) == 5 * 1024
+    monkeypatch.setattr(lavae.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))  # macOS
+    monkeypatch.setattr(lavae.os, "sysconf", {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 100}.get, raising=False)
+    assert lavae.free_memory(CPU) == 700
+    monkeypatch.setattr(lavae.os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError()), raising=False)
+    assert lavae.free_memory(CPU) == math.inf
+
+    class Kernel32:
+        @staticmethod
+        def GlobalMemoryStatusEx(status):
+            assert bytes(status)[:4] == (64).to_bytes(4, "little") and len(bytes(status)) == 64
+            status[1], status[2] = 16 * 10 ** 9, 6 * 10 ** 9
+
+    monkeypatch.setattr(lavae.sys, "platform", "win32")
+    monkeypatch.setattr(lavae.ctypes, "windll", argparse.Namespace(kernel32=Kernel32), raising=False)
+    assert lavae.free_memory(CPU) == 6e9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 4))
+    assert lavae.free_memory(torch.device("cuda")) == 3
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 50, raising=False)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 20)
+    assert lavae.free_memory(torch.device("mps")) == 30
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -1278,14 +1492,37 @@ def test_the_heat_map_counts_its_cells(capsys):
     table = {"flip_lr+flip_ud": row | {"flip_lr+flip_ud": [1.0, 1.0], "shear_x+canny": [460.0, 466.0],
                                        "mini_image+canny": [9.0, 9.0]},
              "rotate_cw+flip_lr": row | {"shear_x+canny": [900.0, 900.0]}}
-    evaluate.report_heatmap(table)
+    evaluate.report_heatmap("mnist", table)
     text = capsys.readouterr().out
     assert "2 of 4 cells" in text and "463.00" in text and "91.00" in text  # not 301, not 900
-    page = np.asarray(evaluate.heatmap(table)).astype(int)
+    page = np.asarray(evaluate.heatmap("mnist", table)).astype(int)
     blue, red = (((page[..., a] == 255) & (page[..., b] < 250) & (page[..., 1] == page[..., b])).sum()
                  for a, b in ((2, 0), (0, 2)))
     assert min(blue, red) > 20_000  # two cells of either colour
     assert len({*map(len, evaluate.PAPER_TOTALS.values())}) == 1
+    evaluate.report_heatmap("kmnist", table)
+    assert "paper" not in capsys.readouterr().out
+    page = np.asarray(evaluate.heatmap("kmnist", table)).astype(int)
+    assert np.ptp(page[..., 0] - page[..., 2]) == 0  # no cell is blue or red
+
+
+def test_the_papers_numbers_are_mnists(small_data, tmp_path, monkeypatch, capsys):
+    """On other data no table, bar or column head speaks of the paper or of digits."""
+    words = [*SMALL, "--dataset", "fashion_mnist", "--out", str(tmp_path)]
+    train.main(words)
+    train.main([*words, "--model", "cvae-paired", "--out", str(tmp_path / "cvae-paired")])
+    monkeypatch.setattr(evaluate, "FIGURES", {k: evaluate.FIGURES[k] for k in ("fig3_views", "table1")})
+    marks, bar_chart = [], evaluate.bar_chart
+    monkeypatch.setattr(evaluate, "bar_chart", lambda title, bars: marks.extend(bars) or bar_chart(title, bars))
+    heads, grid = [], evaluate.grid
+    monkeypatch.setattr(evaluate, "grid", lambda title, columns, *more: heads.append(columns) or grid(title, columns, *more))
+    capsys.readouterr()
+    evaluate.main([str(tmp_path), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "  paper" not in text and "297.10" not in text and "CVAE, LAVAE training" in text
+    assert [paper for _, _, paper in marks] == [None, None]
+    assert heads == [augment.CLASSES["fashion_mnist"]] and heads[0][0] == "T-shirt"
+    assert {name: len(set(names)) for name, names in augment.CLASSES.items()} == dict.fromkeys(augment.DATASETS, 10)
 
 
 def test_a_finished_run_is_not_overwritten_in_silence(small_data, tmp_path, capsys):
@@ -1519,6 +1756,268 @@ train.main(sys.argv[1:])"""
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+# ---------------------------------------------------------------- a pretended accelerator
+
+# As strict as Apple's MPS: what would fail there fails here, where there is only a CPU. Needs
+# torch >= 2.9. readbacks: the operations that made the host wait for the device. wrong: names of
+# operations, like "mm", that give results 20% too large from then on.
+
+DEVICE = torch.device("privateuseone:0")
+COPIES = {"copy_", "_to_copy"}  # these may cross from device to device
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # x[i]: i may be on the CPU
+WAITS = {"_local_scalar_dense", "_linalg_check_errors", "allclose", "equal", "masked_select",
+         "nonzero", "_unique", "_unique2", "unique_consecutive", "unique_dim"}
+readbacks = Counter()  # the aten operations that made the host wait, for a test to read and clear
+wrong = set()  # names of aten operations that shall compute wrongly, for a test to fill and clear
+libraries = []  # what stand_in() registers: it is gone when nobody holds it
+
+
+class StandIn(Tensor):
+    """A tensor on the device: to torch a shape without memory. Its numbers are in `inner`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # so that .cpu() is a plain Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        self = Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=DEVICE)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return on_the_cpu(op, *args, **kwargs or {})
+
+    def _replace(self, new):  # x.data = new, as model.half() does
+        Tensor.data.__set__(self, new)
+        self.inner = new.inner
+
+    data = property(lambda self: Tensor.data.__get__(self), _replace)
+
+    def numpy(self, **kwargs):
+        raise TypeError(f"can't convert {DEVICE} tensor to numpy. Use Tensor.cpu() first")
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def __format__(self, spec):
+        return format(self.detach().cpu(), spec)
+
+    def __repr__(self, **kwargs):
+        return f"StandIn({self.inner})"
+
+    def __reduce_ex__(self, protocol):  # for torch.save: in a file it is a CPU tensor
+        return self.detach().cpu().__reduce_ex__(protocol)
+
+
+def on_the_cpu(op, *args, **kwargs):
+    """Any aten operation that has to do with the device: check it, and let the CPU compute it."""
+    name, leaves = op._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    ours = [t for t in leaves if isinstance(t, StandIn)]
+    others = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, StandIn)]
+    indices = [t for t in tree_leaves(args[1]) if t is not None] if name in INDEXING else []
+    free = {id(t) for t in indices}  # by id, because t in indices would compute ==
+    if ours and name not in COPIES and any(t.dim() and id(t) not in free for t in others):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found some "
+                           f"on {DEVICE} and some on cpu")
+    here = (kwargs.get("device") or (ours or others)[0].device).type == DEVICE.type
+    if here and any(isinstance(g, torch._C.Generator) and g._cdata not in Generator.made
+                    for g in leaves):
+        raise RuntimeError(f"Expected a '{DEVICE.type}' device type for generator in {name}")
+
+    inside = {id(t.inner): t for t in ours} | {id(t): t for t in others}
+    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, StandIn) else x, (args, kwargs))
+    result = op(*args, **kwargs | ({"device": "cpu"} if here and "device" in kwargs else {}))
+
+    def outside(x):
+        if not isinstance(x, Tensor):
+            return x
+        if x.dtype in (torch.float64, torch.complex128):  # copied to the CPU, too: an MPS casts
+            raise TypeError(f"Cannot convert a {DEVICE.type} Tensor to {str(x.dtype)[6:]}: the "
+                            "device has no such numbers. Use float32, or .cpu() first")
+        if name in wrong and x.is_floating_point():
+            x.mul_(1.2)
+        known = inside.get(id(x))  # what works in place returns what it was given
+        if isinstance(known, StandIn) and (x.shape, x.stride()) != (known.shape, known.stride()):
+            known.data = StandIn(x)  # resized, as by arange(.., out=)
+        return known if known is not None else StandIn(x) if here else x
+
+    result = tree_map(outside, result)
+    back = ours and name in COPIES and not isinstance(result, StandIn)
+    if back or name in WAITS or any(i.dtype == torch.bool for i in indices):
+        readbacks[name] += 1
+    return result
+
+
+class Generator(torch.Generator):
+    """For monkeypatch.setattr(torch, "Generator", Generator): Python can give torch no other."""
+
+    made = weakref.WeakValueDictionary()  # those of the device, by address: only they may draw here
+
+    def __new__(cls, device="cpu"):
+        self = super().__new__(cls)
+        self.place = torch.device(device)
+        if self.place.type == DEVICE.type:
+            cls.made[self._cdata] = self
+        return self
+
+    device = property(lambda self: self.place)
+
+
+def stand_in() -> torch.device:
+    """Make the device known to torch, once in a process."""
+    if not libraries:
+        module = backend_registration._DummyBackendModule()  # and for torch.random.fork_rng:
+        module.get_rng_state = lambda device: torch.get_rng_state()
+        module.set_rng_state = lambda state, device: torch.set_rng_state(state)
+        backend_registration._setup_privateuseone_for_python_backend(DEVICE.type, module)
+        libraries.extend(torch.library.Library(ns, "IMPL", "PrivateUse1") for ns in ("_", "aten"))
+        libraries[0].fallback(on_the_cpu)  # makes new tensors; what follows goes to __torch_dispatch__
+        libraries[1].impl("_copy_from", lambda source, target, non_blocking=False: on_the_cpu(
+            torch.ops.aten.copy_.default, target, source))  # torch.tensor(.., device=DEVICE)
+    # backward: torch starts a thread for each device at the first one, and this one may come later
+    torch.autograd.set_multithreading_enabled(False)
+    return DEVICE
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The device, which --device auto takes."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("a device can be pretended with torch 2.9 and later only")
+    device = stand_in()
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(lavae, "pick_device", lambda name="auto": CPU if name == "cpu" else device)
+    monkeypatch.setattr(train, "MLP_EPOCHS", 1)
+    readbacks.clear()
+    yield device
+    wrong.clear()
+    torch.autograd.set_multithreading_enabled(True)
+
+
+TINY = ["--filters", "4", "--epochs", "1", "--transfer-epochs", "1", "--batch-size", "64"]  # 400 images: 13 batches
+
+
+def test_the_stand_in_is_strict(accelerator):
+    """It refuses what MPS refuses, counts what makes the host wait, and can be wrong."""
+    x, indices = torch.ones(3, device=accelerator), torch.tensor([0, 2])
+    for refusal, f in ((TypeError, lambda: x.double()), (TypeError, lambda: x.sum(dtype=torch.float64)),
+                       (TypeError, lambda: torch.zeros(2, dtype=torch.complex128, device=accelerator)),
+                       (TypeError, lambda: torch.zeros(2, dtype=torch.float64).to(accelerator)),
+                       (TypeError, x.numpy), (RuntimeError, lambda: x + torch.ones(3)),
+                       (RuntimeError, lambda: torch.randn(2, generator=torch.Generator(), device=accelerator))):
+        with pytest.raises(refusal):
+            f()
+    assert (x + torch.tensor(1.0))[indices].device == accelerator and not readbacks
+    assert x.sum().item() == 3 and x.cpu().double().sum() == 3 and bool((x > 0).all())
+    assert readbacks == {"_local_scalar_dense": 2, "_to_copy": 1}
+    wrong.add("mm")
+    assert (torch.eye(2, device=accelerator) @ torch.eye(2, device=accelerator)).sum().item() == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize("words", [
+    "--record --augs rotate_cw flip_lr", "--model cvae", "--model cvae --condition digit",
+    "--model cvae --condition both", "--model cvae-paired", "--model vae --transfer shear_x canny",
+    "--latent-map mlp", "--latent-map mlp-wide", "--joint identity", "--joint signs", "--prior-loss mmd",
+    "--map-weight 0 --paper-involution", "--augs flip_lr flip_ud rotate_cw", "--latent-dim 2"])
+def test_every_kind_of_run_on_an_accelerator(words, accelerator, small_data, tmp_path, monkeypatch, capsys):
+    """Training and evaluation; with all figures where others than elsewhere can be drawn."""
+    figures = "--record" in words or "--latent-dim" in words
+    if not figures:
+        monkeypatch.setattr(evaluate, "FIGURES", {})
+    train.main([*TINY, *words.split(), "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "privateuseone computes what the CPU does" in text and "privateuseone, seed 0" in text
+    assert lavae.load(tmp_path).settings["device"] == "privateuseone"
+    monkeypatch.setattr(evaluate, "tsne", lambda x: x[:, :2])
+    evaluate.main([str(tmp_path)])
+    assert "privateuseone computes what the CPU does" in capsys.readouterr().out
+    assert len([*tmp_path.glob("*.png"), *tmp_path.glob("*.gif")]) >= 16 * figures
+
+
+def test_an_accelerator_gets_the_cpus_numbers(accelerator, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "FIGURES", {})
+    rows = []
+    for device in ("auto", "cpu"):
+        out = tmp_path / device
+        train.main([*TINY, "--baselines", "--out", str(out), "--device", device])
+        evaluate.main([str(out), "--device", device])
+        result = json.loads((out / "evaluation.json").read_text())
+        rows.append([result["lavae"]["total"], result["lavae"]["reverse"], result["transfer"]["shear_x+canny"]["total"],
+                     *(row["total"] for row in result["baselines"].values())])
+    assert lavae.load(tmp_path / "auto", accelerator).encoder.conv1.weight.device == accelerator
+    assert rows[0] == pytest.approx(rows[1], rel=0.05) and len(rows[0]) == 6  # noise differs, no more
+
+
+def test_a_run_on_an_accelerator_is_resumed(accelerator, small_data, tmp_path, monkeypatch):
+    words = [*TINY, "--epochs", "2", "--out"]
+    train.main([*words, str(tmp_path / "whole")])
+    for n in (20, 16):
+        with monkeypatch.context() as m, contextlib.suppress(Killed):
+            kill_after(m, n)
+            train.main([*words, str(tmp_path / "run"), "--resume"])
+    train.main([*words, str(tmp_path / "run"), "--resume"])
+    a, b = (lavae.load(tmp_path / name).state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_notebook_on_an_accelerator(accelerator, run, digits, tmp_path):
+    model, x = lavae.load(run[0], accelerator), (torch.from_numpy(digits[:7]) / 255)
+    for ours, cpus in zip(*([m.augment(x, "flip_ud"), m.convert(x, "flip_lr", "flip_ud"), m.power(x, "flip_lr", 0.5)]
+                            for m, x in ((model, x.to(accelerator)), (run[1], x)))):
+        assert ours.device == accelerator and torch.allclose(ours.cpu(), cpus, atol=1e-4)
+    lavae.save(model, tmp_path / "model.pt", model.settings)
+    again = lavae.load(tmp_path / "model.pt").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in run[1].state_dict().items())
+
+
+def test_an_epoch_waits_for_nothing(accelerator, small_data, tmp_path, monkeypatch):
+    """Between the first and the last batch of an epoch the host reads nothing back, in no stage."""
+    seen, add = {}, train.Progress.add
+    monkeypatch.setattr(train.Progress, "add", lambda self, n, label, loss: (
+        seen.setdefault((id(self), label), []).append(readbacks.total()), add(self, n, label, loss)))
+    for words in ("", "--model cvae --condition both", "--prior-loss mmd --augs rotate_cw canny", "--joint identity"):
+        train.main([*TINY, *words.split(), "--overwrite", "--out", str(tmp_path)])
+    assert len(seen) == 7 and {len(counts) for counts in seen.values()} == {13, 25}
+    assert all(counts[0] == counts[-1] for counts in seen.values()), seen
+    assert readbacks.total() > 0  # the stand-in does count: at the ends of epochs
+
+
+def test_an_accelerator_that_computes_wrongly_is_not_trusted(accelerator, small_data, tmp_path, capsys):
+    words = [*TINY, "--no-transfer", "--out"]
+    train.main([*words, str(tmp_path / "cpu"), "--device", "cpu"])
+    cpu = lavae.load(tmp_path / "cpu").state_dict()
+    for operation in ("mm", "convolution_backward", "linalg_inv_ex"):  # the last: the misfit alone
+        wrong.add(operation)
+        capsys.readouterr()
+        refused(train.main, [*words, tmp_path / "named", "--device", "mps"], capsys, "away", "--device cpu")
+        assert not (tmp_path / "named").exists()
+        train.main([*words, str(tmp_path / operation)])
+        assert "the CPU is taken" in capsys.readouterr().out
+        state = lavae.load(tmp_path / operation).state_dict()
+        assert all(torch.equal(cpu[key], state[key]) for key in cpu)
+        wrong.clear()
+    wrong.add("mm")
+    refused(evaluate.main, [tmp_path / "cpu", "--device", "mps"], capsys, "away", "--device cpu")
+
+
+def test_an_accelerator_that_lacks_something_is_not_trusted(monkeypatch, capsys):
+    def compute(device):
+        if device.type == "mps":
+            raise NotImplementedError("The operator 'aten::what' is not implemented for MPS\nmore")
+        return [torch.ones(2)]
+
+    monkeypatch.setattr(lavae, "pick_device", lambda name="auto": torch.device("mps"))
+    assert lavae.trusted("auto", compute) == CPU
+    assert "aten::what" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--device cpu"):
+        lavae.trusted("mps", compute)
+    for value, trusted in ((1.001, True), (1.1, False), (math.nan, False)):
+        assert (lavae.trusted("auto", lambda device: [
+            torch.tensor([3.0]), torch.tensor(value if device.type == "mps" else 1.0)]).type == "mps") == trusted
+
+
 # ---------------------------------------------------------------- benchmark: python test_lavae.py
 
 
@@ -1559,9 +2058,9 @@ def benchmark_stage1(n=8192):
                "train.stage1": lambda: train.stage1(model, images, settings)})
 
 
-def benchmark_adabelief(n=100):
+def benchmark_adabelief(filters, n=100):
     def stepping(make):
-        model = LAVAE(filters=32)
+        model = LAVAE(filters=filters)
         tensors = [*model.encoder.parameters(), *model.decoder.parameters()]
         for p in tensors:
             p.grad = torch.randn_like(p)
@@ -1569,7 +2068,7 @@ def benchmark_adabelief(n=100):
             optimizer = make(tensors)
         return lambda: [optimizer.step() for _ in range(n)]
 
-    print(f"{n} steps on the tensors of encoder and decoder, 32 filters")
+    print(f"{n} steps on the tensors of encoder and decoder, {filters} filters")
     in_turn(**{"AdaBelief": stepping(adabelief.AdaBelief),
                "adabelief_pytorch": stepping(lambda p: adabelief_pytorch.AdaBelief(
                    p, rectify=False, print_change_log=False)),
@@ -1589,12 +2088,11 @@ def benchmark_canny():
 
 
 if __name__ == "__main__":
-    import tracemalloc
-
     from skimage import feature
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads. "
           "Median seconds, in turn; then how many times as fast as the first")
+    benchmark_adabelief(32)  # before `tune` has had a hand in the memory
+    benchmark_adabelief(64)
     benchmark_stage1()
-    benchmark_adabelief()
     benchmark_canny()

@@ -74,27 +74,47 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if settings.joint == "identity":
         parameters += model.maps.parameters()
-    with_misfit = settings.map_weight and isinstance(model, LAVAE) and len(model.shown) > 1
 
     def loss_of(index):
-        x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
-        logits, mu, logvar = model(x, noise, *([] if labels is None else [labels[index]]))
-        reconstruction = bce(logits, x.flatten(0, 1))
-        prior = kl(mu, logvar) if settings.prior_loss == "kl" else mmd(mu, logvar, noise)
-        loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
-        terms = {"bce": reconstruction, "kl": prior}
-        if with_misfit:
-            z, *others = singles(mu.unflatten(0, x.shape[:2]))
-            terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
-                               else misfit(z, *others))
-            loss = loss + settings.map_weight * terms["misfit"]
-        return {"loss": loss, **terms}
+        return stage1_losses(model, pixels(images[:, index]), settings, noise,
+                             None if labels is None else labels[index])
 
     if settings.record:
         loss_of = recorded(loss_of, model, images, settings, seen * settings.epochs)
-    # A matrix fits as many images as there are latents without any misfit: show it twice as many.
     return fit("stage 1", loss_of, images.shape[:2], parameters, settings.epochs, settings, diary,
-               seen, noise, least=2 * model.latent_dim if with_misfit else 1)
+               seen, noise, least=least_images(model, settings))
+
+
+def stage1_losses(model: LAVAE | CVAE, x: Tensor, settings: argparse.Namespace,
+                  noise: torch.Generator, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Eq. 5 on a batch, and the pinch of Eq. 6: the loss and its terms, bce, kl and misfit.
+
+    x: (V, B, 28, 28) in [0, 1], the views `model.shown` of B images; labels (B,), their digits.
+    """
+    logits, mu, logvar = model(x, noise, *([] if labels is None else [labels]))
+    reconstruction = bce(logits, x.flatten(0, 1))
+    prior = kl(mu, logvar) if settings.prior_loss == "kl" else mmd(mu, logvar, noise)
+    loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
+    terms = {"bce": reconstruction, "kl": prior}
+    if has_misfit(model, settings):
+        z, *others = singles(mu.unflatten(0, x.shape[:2]))
+        terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
+                           else misfit(z, *others))
+        loss = loss + settings.map_weight * terms["misfit"]
+    return {"loss": loss, **terms}
+
+
+def has_misfit(model: LAVAE | CVAE, settings: argparse.Namespace) -> bool:
+    """Whether stage 1 asks this model for maps."""
+    return settings.map_weight > 0 and isinstance(model, LAVAE) and len(model.shown) > 1
+
+
+def least_images(model: LAVAE | CVAE, settings: argparse.Namespace) -> int:
+    """The fewest images that a step of stage 1 may show.
+
+    A matrix fits as many as there are latents without any misfit: show it twice as many.
+    """
+    return 2 * model.latent_dim if has_misfit(model, settings) else 1
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
@@ -120,7 +140,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        map_i.L.data.copy_(L)
+        map_i.L.data.copy_(L.float())
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
                         "penalty": order_error(L, order).item()})
@@ -192,6 +212,11 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
+def images_a_step(n_views: int, settings: argparse.Namespace, least: int = 1) -> int:
+    """How many images a batch holds, each under n_views views."""
+    return max(least, settings.batch_size // n_views)
+
+
 def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
         diary: "Diary | None" = None, seen: int | None = None,
@@ -205,7 +230,7 @@ def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[
     loss_of draws from. Raises FloatingPointError: a loss is infinite or not a number.
     """
     n_views, n = shape
-    per_batch = max(least, settings.batch_size // n_views)
+    per_batch = images_a_step(n_views, settings, least)
     per_epoch = (seen or n_views * n) // n_views
     batches = math.ceil(per_epoch / per_batch)
     optimizer, device = AdaBelief(parameters), parameters[0].device
@@ -504,13 +529,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
         device = lavae.pick_device(settings.device)
-        for one in runs:
-            one.device = device.type
         x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
+        for one in runs:
+            check_memory(one, len(x_train), device)
+            one.device = lavae.trusted(settings.device,
+                                       partial(first_step, one, x_train, y_train)).type
         for one in [one for one in runs if prepare(one)]:
-            run(x_train, y_train, device, one)
+            run(x_train, y_train, torch.device(one.device), one)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not lavae.is_out_of_memory(error):
+            raise
+        what, size, options = memory_of(runs[0], 60_000)[0]
+        parser.error(f"the memory is full, and the {what} take most of what this run needs, "
+                     f"{size / 1e9:.2g} GB: close other programs and go on with --resume, or lower "
+                     f"{options}")
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped: the same command with --resume goes on\n")
     finally:
@@ -556,6 +590,56 @@ def prepare(settings: argparse.Namespace) -> bool:
         print(f"{out} is finished already, with the same settings: kept")
         return False
     return True
+
+
+def memory_of(settings: argparse.Namespace, n: int) -> list[tuple[str, float, str]]:
+    """What a run on n images needs, the most first: (what, bytes, the options that lower it)."""
+    views = 2 ** len(settings.augs)
+    try:
+        with torch.device("meta"):  # shapes only
+            model = build(settings)
+        weights = sum(p.numel() for p in model.parameters())
+    except (RuntimeError, TypeError, OverflowError):  # too many even to be counted
+        return [("weights", math.inf, "--filters or --latent-dim")]
+    images = min(n, images_a_step(len(model.shown), settings, least_images(model, settings)))
+    layers = 2 * (28 * 28 + settings.filters * (14 * 14 + 2 * 7 * 7) + settings.latent_dim)
+    return sorted([
+        # of all images as they are and in one tensor, once more for a transfer; and their latents
+        ("views of the images", n * views * (28 * 28 * (2 + 2 * bool(settings.transfer))
+                                             + 2 * 4 * settings.latent_dim), "the number of --augs"),
+        # each with a gradient, m, s and scratch; and three in state.pt before it is written
+        ("weights", 4 * 8 * weights, "--filters or --latent-dim"),
+        # what the layers give, and its gradient
+        ("images of a step", 2 * 4 * images * len(model.shown) * layers, "--batch-size or --filters"),
+    ], key=lambda part: -part[1])
+
+
+def check_memory(settings: argparse.Namespace, n: int, device: torch.device) -> None:
+    """Raises ValueError: a run on n images needs more than the device has left, or the machine."""
+    parts = memory_of(settings, n)
+    needed, (what, size, options) = sum(size for _, size, _ in parts), parts[0]
+    for place in {device, torch.device("cpu")}:
+        if needed > (free := lavae.free_memory(place)):
+            raise ValueError(
+                f"this would take {needed / 1e9:.3g} GB, and {place.type} has {free / 1e9:.3g} GB "
+                f"left: the {what} take {size / 1e9:.3g} GB, lower {options}")
+
+
+def first_step(settings: argparse.Namespace, x_train: np.ndarray, y_train: np.ndarray,
+               device: torch.device) -> list[Tensor]:
+    """The terms of the loss and the gradients of a run's first step, as the device computes them.
+
+    The same weights, images and noise for every device. Arrays as `run` takes them.
+    """
+    torch.manual_seed(settings.seed)
+    model = build(settings).to(device)
+    n = images_a_step(len(model.shown), settings, least_images(model, settings))
+    views = np.stack(all_views(x_train[:n], settings.augs))[model.shown]
+    labels = torch.from_numpy(y_train[:n]).long().to(device) if isinstance(model, CVAE) else None
+    terms = stage1_losses(model, pixels(torch.from_numpy(views).to(device)), settings,
+                          torch.Generator().manual_seed(settings.seed), labels)
+    terms["loss"].backward()
+    return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def check_same(path: Path, was: dict, now: dict) -> None:
