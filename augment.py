@@ -138,27 +138,35 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
 def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
     """Gaussian noise, mean 128, sd 32, in the top left corner: a quarter of each side. No inverse.
 
-    It takes the pixels' place, other noise for each image. The same images and seed give the same.
+    It takes the pixels' place. Other images and other seeds get other noise, the same get the same.
     """
     out = _checked(images).copy()
-    n, height, width = images.shape
-    out[:, :height // 4, :width // 4] = _noise(seed, 32, (n, height // 4, width // 4))
+    height, width = images.shape[1] // 4, images.shape[2] // 4
+    for image, rng in zip(out, _generators(images, seed)):
+        image[:height, :width] = _noise(rng, 32, (height, width))
     return out
 
 
 def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
     """Gaussian noise, mean 128, sd 16, in the place of a fifth of the pixels. No inverse.
 
-    Other pixels for each image. The same images and seed give the same.
+    Other images and other seeds get other noise in other places, the same get the same.
     """
     out = _checked(images).copy()
-    chosen = np.random.default_rng((seed, 1)).random(images.shape, np.float32) < 0.2
-    out[chosen] = _noise(seed, 16, chosen.sum())
+    for image, rng in zip(out, _generators(images, seed)):
+        chosen = rng.random(image.shape, np.float32) < 0.2
+        image[chosen] = _noise(rng, 16, chosen.sum())
     return out
 
 
-def _noise(seed, sd, shape):
-    noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
+def _generators(images, seed):  # an image's own, from its pixels: noise is a function of the image
+    for image in images:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+        yield np.random.default_rng((seed, int.from_bytes(digest, "little")))
+
+
+def _noise(rng, sd, shape):
+    noise = rng.standard_normal(shape, np.float32)
     return (noise * np.float32(sd) + 128).clip(0, 255).astype(np.uint8)
 
 
