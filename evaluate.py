@@ -64,8 +64,8 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
     """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image."""
     total = sum(bce(decoder(z_b), pixels(x_b)).item() * len(x_b)
-                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)) if len(x_b))
-    return total / max(1, len(images))  # of none at all: 0
+                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)))
+    return total / len(images)
 
 
 def each(names: Sequence[str], decoder: nn.Module, latents: Sequence[Tensor],
@@ -232,10 +232,11 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     transfer = {}
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         images = tensors(x, augs, device)
-        transfer[key] = with_total(each(view_names(augs), head, mapped, images)) | {
-            word: nats(head, *(torch.cat([part[known == yes] for part, known in zip(parts, apart)])
-                               for parts in (mapped, images)))
-            for word, yes in (("told_apart", True), ("confused", False))}
+        transfer[key] = with_total(each(view_names(augs), head, mapped, images))
+        for word, yes in (("told_apart", True), ("confused", False)):
+            kind = [torch.cat([part[known == yes] for part, known in zip(parts, apart)])
+                    for parts in (mapped, images)]
+            transfer[key][word] = nats(head, *kind) if len(kind[0]) else None
     return {"lavae": row, "transfer": transfer}
 
 
@@ -317,12 +318,22 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
         if target in totals:
             rows.append(("  paper", [None] * len(names) + [totals[target]]))
         print_table(f"transfer to {target}", columns, rows)
-        print(f"a view: {row['told_apart']:.1f} where it is told apart from the others, "
-              f"{row['confused']:.1f} where not")
+        print("a view: " + ", ".join(f"{row[key]:.1f} where it is {words}" for key, words in (
+            ("told_apart", "told apart from the others"), ("confused", "confused with another"))
+            if row[key] is not None))
 
 
-def report_seeds(augs: Sequence[str], results: Sequence[dict]) -> None:
-    """Print mean and standard deviation of several runs with the same augmentations."""
+@dataclass
+class Measured:
+    """A run and its numbers."""
+    run: Path
+    settings: dict  # what train.py was told
+    result: dict  # evaluation.json
+
+
+def report_seeds(group: Sequence[Measured]) -> None:
+    """Print mean and standard deviation of runs that differ in their seeds alone."""
+    augs, results = group[0].settings["augs"], [one.result for one in group]
     columns, rows = [*view_names(augs), "total", "identity, %"], []
     for name in LABELS:
         found = [models_of(result)[name] for result in results if name in models_of(result)]
@@ -331,7 +342,7 @@ def report_seeds(augs: Sequence[str], results: Sequence[dict]) -> None:
             values.append([100 * statistics.mean(row["identity"].values()) for row in found])
             rows.append((f"{LABELS[name]}, {len(found)} runs", [spread(v) for v in values]))
     if rows:
-        print_table(f"{' and '.join(augs)}, mean +- sd", columns, rows)
+        print_table(f"{group[0].run}, .., mean +- sd", columns, rows)
     ours = [result["lavae"] for result in results if "lavae" in result]
     if len(ours) > 1:
         print("LAVAE, direct, total:", spread([sum(row["direct"].values()) for row in ours]))
@@ -350,20 +361,30 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
 
 
-def heatmap_of(results: dict[tuple, Sequence[dict]]) -> dict:
+def heatmap_of(groups: Sequence[Sequence[Measured]]) -> dict:
     """The heat-map's numbers: {source: {"native": totals, "separability": .., target: totals}}.
 
-    results: by data set and augmentations, what `measure` gave, a run after the other.
+    groups: of runs that differ in their seeds alone; of two with one source the first counts.
     """
     table = {}
-    for (_, *augs), same in results.items():
-        row = table["+".join(augs)] = {"native": [], "separability": []}
-        for result in same:
-            row["native"].append(result["lavae"]["total"])
-            row["separability"].append(result["lavae"]["separability"])
-            for target, transfer in result["transfer"].items():
+    for group in groups:
+        row = {"native": [], "separability": []}
+        for one in group:
+            row["native"].append(one.result["lavae"]["total"])
+            row["separability"].append(one.result["lavae"]["separability"])
+            for target, transfer in one.result["transfer"].items():
                 row.setdefault(target, []).append(transfer["total"])
+        table.setdefault("+".join(group[0].settings["augs"]), row)
     return table
+
+
+def save_heatmap(dataset: str, groups: Sequence[Sequence[Measured]]) -> None:
+    """Print the heat-map of one data set, and write it into the folder of its first run's folder.
+    Raises OSError."""
+    folder, table = groups[0][0].run.parent, heatmap_of(groups)
+    report_heatmap(dataset, table)
+    (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
+    print(f"  {save(heatmap(dataset, table), folder / 'heatmap')}")
 
 
 def report_heatmap(dataset: str, table: dict) -> None:
@@ -500,16 +521,22 @@ class Scene:
         return view_names(self.augs)
 
     def model(self, name: str = "lavae") -> LAVAE | CVAE:
-        """The model of that name. Raises LookupError: it is not there."""
+        """The model of that name. Raises Lacking: it is not there."""
         if name not in self.models:
-            raise LookupError(f"needs the model {name}: train it with `python train.py --baselines`"
+            raise Lacking(f"needs the model {name}: train it with `python train.py --baselines`"
                               if name != "lavae" else "needs a LAVAE")
         return self.models[name]
 
+    def planar(self) -> LAVAE:
+        """The LAVAE. Raises Lacking: its latents fill no plane."""
+        if self.model().latent_dim < 2:
+            raise Lacking("needs latents of two numbers or more: train with another --latent-dim")
+        return self.model()
+
     def linear(self) -> LAVAE:
-        """The LAVAE. Raises LookupError: its maps are not matrices."""
+        """The LAVAE. Raises Lacking: its maps are not matrices."""
         if not isinstance(self.model().maps[0], LatentMap):
-            raise LookupError("needs linear maps: train without --latent-map")
+            raise Lacking("needs linear maps: train without --latent-map")
         return self.model()
 
     def encode(self, images: np.ndarray) -> Tensor:
@@ -537,12 +564,16 @@ class Scene:
         return "".join(f" L{i}" for i in range(len(self.augs), 0, -1))
 
 
+class Lacking(Exception):
+    """A run cannot have a figure; the message says what it needs."""
+
+
 FIGURES: dict[str, tuple[Callable, str]] = {}  # name: what draws it, what it shows
 
 
 def figure(words: str) -> Callable:
     """Enter a function in FIGURES. It takes a Scene and returns a page, a list of pages (a GIF), or
-    pages by name. It raises LookupError where the run lacks what it needs."""
+    pages by name. It raises Lacking where the run lacks what it needs."""
     def enter(f):
         FIGURES[f.__name__] = (f, words)
         return f
@@ -740,14 +771,14 @@ def fig4_inverses(s):
 
 @figure("Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane")
 def fig5_recursion(s, rounds=7):
-    model, x, rows, path = s.model(), s.digits, [("x", s.digits)], [s.encode(s.digits)]
+    model, x, rows, path = s.planar(), s.digits, [("x", s.digits)], [s.encode(s.digits)]
     for k in range(1, rounds + 1):
         x = draw(model.decoder, model.maps[0](s.encode(x)))
         rows.append((f"round {k}", x))
         path.append(s.encode(x))
     path = torch.stack(path).cpu().numpy()  # (rounds + 1, n, latent_dim)
-    drift = np.linalg.norm(path[2 * (rounds // 2)] - path[0], axis=1)  # after an even number
-    stable, unstable = drift.argmin(), drift.argmax()
+    moved = drift(path, ORDERS.get(s.augs[0]))
+    stable, unstable = moved.argmin(), moved.argmax()
     latents = [s.encode(v[:400]).cpu().numpy() for v in all_views(s.data[2], s.augs)]
     plane = fast_ica(np.concatenate([*latents, path[:, stable], path[:, unstable]]))
     parts = np.split(plane, np.cumsum([400] * len(latents) + [rounds + 1]))
@@ -758,11 +789,19 @@ def fig5_recursion(s, rounds=7):
                   chart("Test latents and two paths, ICA", [[("", series)]], side=500))
 
 
+def drift(path: np.ndarray, order: int | None) -> np.ndarray:
+    """How far n paths, (rounds + 1, n, d), are from their start when they should be back there, that
+    is after a multiple of `order` rounds; without an order how far they still go in the last."""
+    rounds = len(path) - 1
+    a, b = (0, rounds - rounds % order) if order else (rounds - 1, rounds)
+    return np.linalg.norm(path[b] - path[a], axis=1)
+
+
 @figure("Fig. 6: the same latents drawn by the decoder of each transfer")
 def fig6_transfer(s):
     model, z = s.model(), s.encode(s.digits)
     if not model.transfers:
-        raise LookupError("needs a transfer: train with --transfer")
+        raise Lacking("needs a transfer: train with --transfer")
     latents = views(z, model.maps)
     return {f"fig6_{key}": grid(
         f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
@@ -774,6 +813,12 @@ def fig6_transfer(s):
 @figure("Fig. 8: the naive CVAE, its condition changed")
 def fig8_cvae(s):
     model = s.model("cvae")
+    if model.arguments["condition"] == "digit":  # it knows of no views
+        z = latents_of_views(model, s.digits, s.labels, s.device)[0][:, :model.latent_dim]
+        told = [torch.full((len(z),), label, device=s.device) for label in s.labels.tolist()]
+        return grid("Naive CVAE: the condition changed", s.columns, [("x", s.digits), *(
+            (f"D(z, {name})", draw(model.decoder, model.to_view(z, 0, labels)))
+            for name, labels in zip(s.columns, told))])
     drawn = [draw(model.decoder, z) for z in latents_of_views(model, s.digits, s.labels, s.device)]
     return grid("Naive CVAE: the condition changed", s.columns, view_rows(
         s.augs, s.digits, ([f"D(z, {name})" for name in s.names], drawn)))
@@ -795,7 +840,7 @@ def fig10_projections(s, n=200):
     z = s.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
               "latents E(view)": np.concatenate([s.encode(v).cpu().numpy() for v in images]),
-              "mapped E(x) L": torch.cat(views(z, s.model().maps)).cpu().numpy()}
+              "mapped E(x) L": torch.cat(views(z, s.planar().maps)).cpu().numpy()}
     return chart(f"{n} test digits, all views", [[
         (f"{cloud}, {name}", [(view, part, "dots") for view, part in zip(
             s.names, np.split(project(points), len(images)))])
@@ -839,7 +884,7 @@ def any_to_any(s):
 def table1(s):
     rows, paper = models_of(s.result), paper_table(s.dataset, s.augs)
     if len(rows) < 2:
-        raise LookupError("needs baselines: train them with `python train.py --baselines`")
+        raise Lacking("needs baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
         (LABELS[name], row["total"], sum(paper[name]) if name in paper else None)
         for name, row in rows.items()])
@@ -849,7 +894,7 @@ def table1(s):
 def group_elements(s):
     functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
     if len(found) <= len(s.names):
-        raise LookupError("needs augmentations with more products than views, like rotate_cw")
+        raise Lacking("needs augmentations with more products than views, like rotate_cw")
     model, z, rows = s.linear(), s.encode(s.digits), []
     for name, exponents in found.items():
         letters = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
@@ -926,7 +971,7 @@ def traversals(s):
 @figure("the whole latent plane, decoded (--latent-dim 2 only)")
 def latent_plane(s, n=15):
     if s.model().latent_dim != 2:
-        raise LookupError(f"needs a run with --latent-dim 2, not {s.model().latent_dim}")
+        raise Lacking(f"needs a run with --latent-dim 2, not {s.model().latent_dim}")
     at = torch.linspace(-2.5, 2.5, n)
     z = torch.cartesian_prod(at.flip(0), at).flip(1).to(s.device)  # rows: z2 from the top down
     drawn = draw(s.model().decoder, z).reshape(n, n, 28, 28)
@@ -942,19 +987,20 @@ def training_curves(s):
                            for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise LookupError("needs the metrics.json that train.py wrote") from error
+        raise Lacking("needs the metrics.json that train.py wrote") from error
     return chart("Training, nats an image", [panels], scales=True)
 
 
 @figure("stage 1 as it learnt (GIF; needs a run with --record)")
 def training_moving(s):
+    s.planar()
     try:
         frames = lavae.read(s.run / "recording.pt")
         latents, drawn, steps = (frames[key] for key in ("latents", "drawn", "steps"))
         n = len(s.names)
         plane = pca(latents.flatten(0, 2).numpy()).reshape(len(latents), n, -1, 2)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise LookupError("needs a run with --record") from error
+        raise Lacking("needs a run with --record") from error
     return [beside(
         grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())],
              440 // n - 6),
@@ -983,8 +1029,8 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
         start = time.perf_counter()
         try:
             pages = FIGURES[name][0](scene)
-        except LookupError as error:
-            missing.append(f"{name} {error.args[0]}")
+        except Lacking as error:
+            missing.append(f"{name} {error}")
             continue
         for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
             path = save(page, scene.run / part)
@@ -1058,7 +1104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = {name: load_images(name, options.data_dir) for name in set(datasets.values())}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    results, missing = {}, []
+    measured, missing = [], []
     for run, models in families.items():
         x, y = data[datasets[run]][2:]
         labels = np.array(sorted(set(options.digits or y.tolist())))
@@ -1076,9 +1122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
                 print()
                 draw_figures(scene, [*FIGURES])  # those that this run can have
-                results.setdefault((datasets[run], *scene.augs), []).append(scene.result)
-        except (LookupError, ValueError) as error:
-            parser.error(f"{run}: {error.args[0]}")
+                settings = next(iter(models.values())).settings
+                measured.append(Measured(run, settings, scene.result))
+        except (Lacking, ValueError) as error:
+            parser.error(f"{run}: {error}")
         except BrokenPipeError:  # who reads the table has seen enough
             return
         except OSError as error:
@@ -1089,33 +1136,35 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             parser.error(f"{run}: the memory is full: close other programs, or evaluate on another "
                          "--device")
-    for (_, *augs), same in results.items():
-        report_seeds(augs, same)
-    if options.heatmap:
-        folder, table = runs[0].parent, heatmap_of(results)
-        report_heatmap(datasets[runs[0]], table)
-        try:
-            (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
-            print(f"  {save(heatmap(datasets[runs[0]], table), folder / 'heatmap')}")
-        except OSError as error:
-            parser.error(f"cannot write to {folder} ({error.strerror}): make room")
+    groups = repeats(measured)
+    for group in groups:
+        report_seeds(group)
+    try:
+        for dataset in dict.fromkeys(datasets.values()) if options.heatmap else ():
+            save_heatmap(dataset, [g for g in groups if g[0].settings["dataset"] == dataset])
+    except OSError as error:
+        parser.error(f"cannot write the heat-map ({error.strerror}): make room")
     if missing:
         parser.error("; ".join(missing))
 
 
 @torch.no_grad()
 def some_pictures(run: Path, device: torch.device) -> list[Tensor]:
-    """What the first model of a run sees in noise and draws of it, as the device computes it."""
-    model = next(iter(load_family(run, device).values()))
+    """What the model of a run sees in noise and draws of it, as the device computes it."""
+    model = lavae.load(run, device)
     x = np.random.default_rng(0).integers(0, 256, (100, 28, 28), np.uint8)
     latents = latents_of_views(model, x, np.arange(100) % 10, device)
     return [*latents, *map(model.decoder, latents)]
 
 
 def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
-    """The model of a run folder and the baselines in folders inside, by the name of --model."""
+    """The model of a run folder and its baselines in folders inside, by the name of --model.
+
+    A baseline differs from the run in its model, and in what other models do not have; what else
+    is there is left out, and a line says so. Raises OSError, ValueError: a model.pt that is none.
+    """
     found = {}
-    for path in (run, *sorted(run.glob("*/model.pt"))):
+    for path in (run, *sorted(path.parent for path in run.glob("*/model.pt"))):
         model = lavae.load(path, device)
         name, dataset = (model.settings.get(key) for key in ("model", "dataset"))
         augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
@@ -1123,8 +1172,41 @@ def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
                 and name.startswith("cvae") == isinstance(model, CVAE)):
             raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
                              f"augmentations {' '.join(map(str, augs))}): make one with train.py")
+        if found:
+            others = differing(next(iter(found.values())).settings, model.settings, "model",
+                               "transfer", "latent_map", "joint", "device")
+            if others or name in found or name == "lavae":
+                print(f"{path} is no baseline of {run}, and left out: " + (
+                    f"it differs in {', '.join(others)}" if others else f"it is another {name}"))
+                continue
         found[name] = model
     return {name: found[name] for name in LABELS if name in found}
+
+
+def differing(a: dict, b: dict, *free: str) -> list[str]:
+    """The settings in which two runs differ, but for those that are free to."""
+    return [key for key in {**a, **b} if key not in free and a.get(key) != b.get(key)]
+
+
+def repeats(runs: Sequence[Measured]) -> list[list[Measured]]:
+    """The runs in groups that differ in nothing but the seed. Prints which of them have the same
+    model and augmentations as others, and are no repeats all the same."""
+    groups = []
+    for one in runs:
+        for group in groups:
+            others = differing(group[0].settings, one.settings, "seed", "device")
+            if not others:
+                group.append(one)
+                break
+        else:
+            for first, *_ in groups:
+                others = differing(first.settings, one.settings, "seed", "device")
+                if not {"dataset", "model", "augs"} & {*others}:
+                    print(f"{one.run} is no repeat of {first.run}: it differs in "
+                          f"{', '.join(others)}")
+                    break
+            groups.append([one])
+    return groups
 
 
 if __name__ == "__main__":

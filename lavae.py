@@ -178,17 +178,26 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
-        """From any view to any, named as in the tables: D(E(x) L_source^-1 L_target)."""
-        source, target = (sum(1 << self._place(name) for name in view.split("+") if name != "orig")
-                          for view in (source, target))
-        z = self.from_view(self.encoder(x)[0], source)
-        return self.decoder(self.to_view(z, target)).sigmoid()
+        """From any view to any: D(E(x) L_source^-1 L_target). Views are named as in the tables, the
+        left name first: "flip_lr+flip_ud", "rotate_cw^2", and so also "rotate_cw+flip_lr+rotate_cw".
+        """
+        z = self.encoder(x)[0]
+        for name in reversed(self._names(source)):
+            z = self.maps[self._place(name)].inverse(z)
+        for name in self._names(target):
+            z = self.maps[self._place(name)](z)
+        return self.decoder(z).sigmoid()
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
         """A part of an augmentation: D(E(x) L^t), with 0 <= t <= 1; see `matrix_power`."""
         L = matrix_power(self.maps[self._place(name)].L, t)
         return self.decoder(self.encoder(x)[0] @ L).sigmoid()
+
+    @staticmethod
+    def _names(view):  # "a^2+b" is a, a, b
+        parts = [part.partition("^") for part in view.split("+") if part != "orig"]
+        return [name for name, _, n in parts for _ in range(int(n or 1))]
 
     def _place(self, name):
         if name not in self.augs:
@@ -327,7 +336,7 @@ class CVAE(nn.Module):
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"), condition: str = "view",
                  latent_dim: int = 16, filters: int = 64):
         super().__init__()
-        self.augs, self.transfers = list(augs), []
+        self.augs, self.transfers, self.latent_dim = list(augs), [], latent_dim
         self.arguments = dict(augs=self.augs, condition=condition, latent_dim=latent_dim,
                               filters=filters)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
@@ -445,7 +454,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         if checkpoint["kind"] != CHECKPOINT:
             raise ValueError(checkpoint["kind"])
         tensors, arguments = checkpoint["tensors"], checkpoint["arguments"]
-        if len(arguments["augs"]) > 8 or not all(t.isfinite().all() for t in tensors.values()):
+        if len(arguments["augs"]) > 11 or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("too many views, or a weight that is no number")
         kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
         with torch.device("meta"):  # shapes only: what the file asks for may be too big to make

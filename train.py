@@ -15,19 +15,26 @@ Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
 
 import lavae
 from adabelief import AdaBelief
@@ -42,7 +49,7 @@ PRESETS = {  # each setting is also an option of its own
 }
 MODELS = {  # --model
     "lavae": "LAVAE",
-    "cvae": "CVAE, naive: told the view, shown them all",
+    "cvae": "CVAE, naive: told the {told}, shown all views",
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its codes of the views",
 }
@@ -75,14 +82,19 @@ def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
     if settings.joint == "identity":
         parameters += model.maps.parameters()
 
+    moving = {"noise": noise}
+    if settings.record:
+        every = max(1, seen * settings.epochs // settings.batch_size // 32)
+        moving["film"] = Film(model, images, settings.out / "recording.pt", every)
+
     def loss_of(index):
+        if settings.record:
+            moving["film"].look()
         return stage1_losses(model, pixels(images[:, index]), settings, noise,
                              None if labels is None else labels[index])
 
-    if settings.record:
-        loss_of = recorded(loss_of, model, images, settings, seen * settings.epochs)
     return fit("stage 1", loss_of, images.shape[:2], parameters, settings.epochs, settings, diary,
-               seen, noise, least=least_images(model, settings))
+               seen, moving, least=least_images(model, settings))
 
 
 def stage1_losses(model: LAVAE | CVAE, x: Tensor, settings: argparse.Namespace,
@@ -126,25 +138,58 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Returns a dict for each map: mean squared error of the latents, before and after; `order_error`.
+    Returns a dict for each map: mean squared error of the latents, before and after; `order_error`;
+    whether it has settled.
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders_of(settings)):
         statistics = moments(latents[0], z_i)
+
+        def loss_of(L):
+            return map_error(L, *statistics) + settings.involution_weight * order_error(L, order)
+
         L = torch.linalg.lstsq(*statistics[:2]).solution.requires_grad_()
         start = map_error(L, *statistics)
         optimizer = AdaBelief([L])
         for t in range(MAP_STEPS):
             optimizer.param_groups[0]["lr"] = MAP_LR * (1 - t / MAP_STEPS)
-            loss = map_error(L, *statistics) + settings.involution_weight * order_error(L, order)
             optimizer.zero_grad()
-            loss.backward()
+            loss_of(L).backward()
             optimizer.step()
+        L, settled = settle(loss_of, L)
         map_i.L.data.copy_(L.float())
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
-                        "penalty": order_error(L, order).item()})
+                        "penalty": order_error(L, order).item(), "settled": settled})
     return history
+
+
+def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> tuple[Tensor, bool]:
+    """L at the minimum of its loss, and whether it got there.
+
+    16 latents are there already: their gradient is zero. With 64 some directions are thousands of
+    times steeper than others; L-BFGS, which learns the curvature, goes on until a round of 100
+    steps lowers the loss by less than 1%.
+    """
+    loss = loss_of(L)
+    gradient, = torch.autograd.grad(loss, L)
+    if gradient.norm() * L.norm() <= 1e-6 * loss + 1e-12:
+        return L.detach(), True
+    L = L.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    optimizer = torch.optim.LBFGS([L], max_iter=100, max_eval=200, tolerance_change=0,
+                                  history_size=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss_of(L)
+        value.backward()
+        return value
+
+    for _ in range(rounds):
+        before = optimizer.step(closure)
+        if loss_of(L) > 0.99 * before:
+            return L.detach(), True
+    return L.detach(), False
 
 
 def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace,
@@ -219,15 +264,15 @@ def images_a_step(n_views: int, settings: argparse.Namespace, least: int = 1) ->
 
 def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
-        diary: "Diary | None" = None, seen: int | None = None,
-        noise: torch.Generator | None = None, least: int = 1) -> list[dict]:
+        diary: "Diary | None" = None, seen: int | None = None, moving: dict | None = None,
+        least: int = 1) -> list[dict]:
     """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
 
     A batch holds all views of some images, `least` or more, so that no step favours a view; an
     epoch shows `seen` views, or each of them once. The terms of the loss stay on the device until
     the epoch ends.
-    With a diary it goes on after the last epoch that the diary has of `name`; `noise` is what
-    loss_of draws from. Raises FloatingPointError: a loss is infinite or not a number.
+    With a diary it goes on after the last epoch that the diary has of `name`; `moving` is what
+    loss_of changes, by name: generators, and what has a state_dict. Raises FloatingPointError: a loss is infinite or not a number.
     """
     n_views, n = shape
     per_batch = images_a_step(n_views, settings, least)
@@ -235,7 +280,7 @@ def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[
     batches = math.ceil(per_epoch / per_batch)
     optimizer, device = AdaBelief(parameters), parameters[0].device
     order = torch.Generator().manual_seed(settings.seed + ORDER)
-    moving = {"optimizer": optimizer, "order": order} | ({"noise": noise} if noise else {})
+    moving = {"optimizer": optimizer, "order": order} | (moving or {})
     history = diary.recall(name, parameters, moving) if diary else []
     progress = Progress((epochs - len(history)) * per_epoch * n_views)
     for epoch in range(len(history), epochs):
@@ -260,38 +305,46 @@ def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[
                 f"{name}: the loss is no number any more after step "
                 f"{epoch * batches + int(good // per_batch)}: try a lower --lr")
         means = {key: float(value) / per_epoch for key, value in sums.items()}
-        rate = progress.end_epoch(means["loss"])
-        history.append({"epoch": epoch + 1, **means, "images_per_second": round(rate),
-                        "seconds": per_epoch * n_views / rate})
+        seconds = progress.end_epoch(means["loss"])
+        history.append({"epoch": epoch + 1, **means, "seconds": seconds,
+                        "images_per_second": round(per_epoch * n_views / seconds)})
         if diary:
             diary.note(name, parameters, moving, history)
     return history
 
 
-def recorded(loss_of: Callable, model: LAVAE, images: Tensor, settings: argparse.Namespace,
-             seen: int, frames: int = 32) -> Callable:
-    """loss_of, and on the way some frames of a film for `evaluate.py`: recording.pt.
+class Film:
+    """recording.pt: some frames of stage 1 as it learns, for `evaluate.py`'s film.
 
     A frame is the latents of 150 images under all views, and what ten of them decode to.
     """
-    path, calls = settings.out / "recording.pt", [0]
-    film = {"steps": [], "latents": [], "drawn": []}
-    every = max(1, seen // settings.batch_size // frames)
 
-    def with_a_look(index):
-        if calls[0] % every == 0:
-            z = torch.stack([model.encode(view[:150]) for view in images])
-            with torch.no_grad():
-                drawn = (model.decoder(z[:, :10].flatten(0, 1)).sigmoid() * 255).round().byte()
-            film["steps"].append(calls[0])
-            film["latents"].append(z.cpu())
-            film["drawn"].append(drawn.unflatten(0, (len(images), 10)).cpu())
-            lavae.write({key: torch.stack(v) if key != "steps" else v
-                         for key, v in film.items()}, path)
-        calls[0] += 1
-        return loss_of(index)
+    def __init__(self, model: LAVAE, images: Tensor, path: Path, every: int):
+        self.model, self.images, self.path, self.every = model, images[:, :150], path, every
+        self.taken = {"step": 0, "steps": [], "latents": [], "drawn": []}
 
-    return with_a_look
+    def look(self) -> None:
+        """To be called before each step; takes a frame and writes it where one is due."""
+        step, taken = self.taken["step"], self.taken
+        taken["step"] += 1
+        if step % self.every:
+            return
+        z = torch.stack([self.model.encode(view) for view in self.images])
+        with torch.no_grad():
+            drawn = (self.model.decoder(z[:, :10].flatten(0, 1)).sigmoid() * 255).round().byte()
+        taken["steps"].append(step)
+        taken["latents"].append(z.cpu())
+        taken["drawn"].append(drawn.unflatten(0, (len(z), 10)).cpu())
+        lavae.write({"steps": taken["steps"], "latents": torch.stack(taken["latents"]),
+                     "drawn": torch.stack(taken["drawn"])}, self.path)
+
+    def state_dict(self) -> dict:
+        """All that it has, for the diary."""
+        return self.taken
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there: what came later is forgotten."""
+        self.taken = {key: value if key == "step" else [*value] for key, value in state.items()}
 
 
 INTERRUPTED = []  # filled by the first Ctrl-C
@@ -343,7 +396,8 @@ class Progress:
     """One line on a terminal, rewritten twice a second; elsewhere a line an epoch."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.start, self.shown = total, 0, time.perf_counter(), 0.0
+        self.total, self.done, self.shown = total, 0, 0.0
+        self.start = self.epoch_start = time.perf_counter()
         self.live, self.label = sys.stdout.isatty(), ""
 
     def add(self, images: int, label: str, loss: Tensor) -> None:
@@ -354,15 +408,17 @@ class Progress:
             self._show(float(loss), end="")
 
     def end_epoch(self, loss: float) -> float:
-        """Leave a line for the epoch; returns the images a second so far."""
-        return self._show(loss, end="\n")
+        """Leave a line for the epoch; returns the seconds that it took."""
+        self._show(loss, end="\n")
+        now = time.perf_counter()
+        seconds, self.epoch_start = now - self.epoch_start, now
+        return seconds
 
     def _show(self, loss, end):
         rate = self.done / (time.perf_counter() - self.start)
         left = round((self.total - self.done) / rate)
         print("\r" * self.live + f"  {self.label}  loss {loss:7.2f}  {rate:7,.0f} images/s  "
               f"{left // 60:3d}:{left % 60:02d} left", end=end, flush=True)
-        return rate
 
 
 # ---------------------------------------------------------------- from the command line to a run
@@ -392,7 +448,7 @@ def parser_of() -> argparse.ArgumentParser:
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model", choices=MODELS, default="lavae", help="(default lavae)\n" + "\n".join(
-        f"{name}: {words}" for name, words in MODELS.items()))
+        f"{name}: {words.format(told='view')}" for name, words in MODELS.items()))
     add("--baselines", action="store_true",
         help="train the LAVAE, and the other models in folders inside its run folder")
     add("--heatmap", action="store_true",
@@ -462,8 +518,6 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     settings.augs = settings.augs or PAIRS[0]
     if settings.resume and settings.overwrite:
         parser.error("--resume and --overwrite exclude each other: leave one out")
-    if settings.record and settings.resume:
-        parser.error("--record needs a run from its start: leave --resume out")
     if settings.no_transfer and settings.transfer:
         parser.error("--transfer and --no-transfer exclude each other: leave one out")
     for option, given, models in (
@@ -525,8 +579,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = parser_of()
     settings = settings_of(parser, argv)
-    runs = runs_of(settings)
-    usual = signal.signal(signal.SIGINT, interrupt)
+    runs, begun = runs_of(settings), False
+    usual, held = signal.signal(signal.SIGINT, interrupt), contextlib.ExitStack()
     try:
         device = lavae.pick_device(settings.device)
         x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
@@ -534,7 +588,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_memory(one, len(x_train), device)
             one.device = lavae.trusted(settings.device,
                                        partial(first_step, one, x_train, y_train)).type
-        for one in [one for one in runs if prepare(one)]:
+        for one in runs:
+            held.enter_context(locked(one.out))
+        runs_to_do = [one for one in runs if has_work(one)]
+        for one in runs_to_do:
+            begin(one)
+        begun = True
+        for one in runs_to_do:
             run(x_train, y_train, torch.device(one.device), one)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
@@ -546,8 +606,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                      f"{size / 1e9:.2g} GB: close other programs and go on with --resume, or lower "
                      f"{options}")
     except KeyboardInterrupt:
-        parser.exit(130, "\nstopped: the same command with --resume goes on\n")
+        instead = " in the place of --overwrite" * settings.overwrite
+        parser.exit(130, f"\nstopped: the same command with --resume{instead} goes on\n" if begun
+                    else "\nstopped before anything was begun\n")
     finally:
+        held.close()
         signal.signal(signal.SIGINT, usual)
         INTERRUPTED.clear()
     print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{settings.out}")
@@ -559,29 +622,55 @@ def interrupt(*_) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def prepare(settings: argparse.Namespace) -> bool:
-    """Make the run folder, and see before the work that it can be written to.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a run folder and hold it against other runs; the system frees it when a process dies.
 
-    Returns whether there is work to do: not where --resume, --baselines or --heatmap finds
-    the finished run.
-    Raises OSError: it cannot be written, or something there must not be lost.
+    Raises OSError: it cannot be written. ValueError: another run holds it.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another --out"
+                      ) from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise OSError("its holder has just removed it")
+    except OSError as error:
+        file.close()
+        raise ValueError(f"another run is at work in {folder}: wait for it, or choose another --out"
+                         ) from error
+    try:
+        yield
+    finally:
+        if fcntl:  # while it is held, so that nobody has it in the meantime; Windows forbids that
+            path.unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def has_work(settings: argparse.Namespace) -> bool:
+    """Whether there is work to do: not where --resume, --baselines or --heatmap finds the finished
+    run. Changes nothing. Raises OSError, ValueError: something there must not be lost.
     """
     out, config = settings.out, config_of(settings)
     finished, begun = out / "model.pt", out / "state.pt"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
     if settings.overwrite:
-        for path in (begun, out / "recording.pt"):  # not model.pt: it stays until there is another
-            path.unlink(missing_ok=True)
-    elif begun.is_file():
-        if not settings.resume:
+        return True
+    if begun.is_file():
+        pages = Diary(begun, config).pages
+        if settings.resume:
+            check_same(begun, pages.get("config"), config)
+        elif len(pages) > 1 or finished.is_file():
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
                                   "over with --overwrite, or choose another --out")
-        check_same(begun, Diary(begun, config).pages.get("config"), config)
     elif finished.is_file():
         if not (settings.resume or settings.baselines or settings.heatmap):
             raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
@@ -590,6 +679,15 @@ def prepare(settings: argparse.Namespace) -> bool:
         print(f"{out} is finished already, with the same settings: kept")
         return False
     return True
+
+
+def begin(settings: argparse.Namespace) -> None:
+    """Write into state.pt what was asked, first of all: from here on --resume knows its own run,
+    whatever model.pt is still there. Raises OSError."""
+    state = settings.out / "state.pt"
+    if not (settings.resume and state.is_file()):
+        lavae.write({"config": config_of(settings)}, state)
+        (settings.out / "recording.pt").unlink(missing_ok=True)
 
 
 def memory_of(settings: argparse.Namespace, n: int) -> list[tuple[str, float, str]]:
@@ -689,7 +787,8 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
         return torch.from_numpy(np.stack(all_views(x_train, augs))).to(device)
 
     images = tensors(settings.augs)
-    print(f"{MODELS[settings.model]}: {' and '.join(settings.augs)}, on {settings.dataset}; "
+    told = "view and the digit" if settings.condition == "both" else settings.condition
+    print(f"{MODELS[settings.model].format(told=told)}: {' and '.join(settings.augs)}, on {settings.dataset}; "
           f"{settings.preset} preset, {device}, seed {settings.seed}\n"
           f"stage 1: encoder and decoder learn to draw {len(model.shown)} of {len(images)} views "
           f"of {len(x_train):,} images")
@@ -704,8 +803,10 @@ def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
         linear = settings.latent_map == "linear" and not settings.joint
         learn = stage2 if linear else partial(stage2_ablations, diary=diary)
         for row in timed("stage 2", learn, model, latents, settings):
-            print("  " + ", ".join(f"{key} {value if key == 'map' else format(value, '.2g')}"
-                                   for key, value in row.items()))
+            print("  " + ", ".join(f"{key} {format(value, '.2g') if type(value) is float else value}"
+                                   for key, value in row.items() if key != "settled"))
+            if not row.get("settled", True):
+                print(f"  the map of {row['map']} has not settled: its error would still fall")
 
         with torch.no_grad():
             z = torch.stack(views(latents[0], model.maps))
