@@ -134,7 +134,7 @@ class LAVAE(nn.Module):
         self.augs, self.transfers = list(augs), [list(names) for names in transfers]
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
-        self.latent_dim = latent_dim
+        self.latent_dim, self.joint = latent_dim, None  # see `learn_jointly`
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
@@ -146,6 +146,37 @@ class LAVAE(nn.Module):
         """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
         mu, logvar = self.encoder(x.flatten(0, 1))
         return self.decoder(sample(mu, logvar, noise)), mu, logvar
+
+    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
+               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
+        """What stage 1 minimises: Eq. 5, and a pinch of Eq. 6 so that there are maps to find.
+
+        x: as `forward` takes it. weights: of the terms, by their names. Returns "loss" and its
+        terms: "bce" and "kl" in nats an image, and "misfit".
+        """
+        logits, mu, logvar = self(x, noise)
+        terms = elbo(logits, x, mu, logvar, prior, noise)
+        if self.has_misfit(weights):
+            terms["misfit"] = self.misfit(*singles(mu.unflatten(0, x.shape[:2])))
+        return weighted(terms, weights)
+
+    def misfit(self, z: Tensor, *augmented: Tensor) -> Tensor:
+        """How far a batch is from having maps, see the function `misfit`."""
+        return misfit(z, *augmented)
+
+    def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
+        """Whether stage 1 asks for maps: not where it sees one view alone."""
+        return (weights or WEIGHTS)["misfit"] > 0 and len(self.shown) > 1
+
+    def least_images(self, weights: dict[str, float] | None = None) -> int:
+        """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
+        latents without any misfit, so twice as many."""
+        return 2 * self.latent_dim if self.has_misfit(weights) else 1
+
+    def stage1_parameters(self) -> list[Tensor]:
+        """What learns in stage 1."""
+        return [*self.encoder.parameters(), *self.decoder.parameters(),
+                *(self.maps.parameters() if self.joint == "identity" else [])]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -179,8 +210,7 @@ class LAVAE(nn.Module):
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
         """From any view to any: D(E(x) L_source^-1 L_target). Views are named as in the tables, the
-        left name first: "flip_lr+flip_ud", "rotate_cw^2", and so also "rotate_cw+flip_lr+rotate_cw".
-        """
+        left name goes first: "flip_lr+flip_ud", "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw"."""
         z = self.encoder(x)[0]
         for name in reversed(self._names(source)):
             z = self.maps[self._place(name)].inverse(z)
@@ -245,18 +275,40 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 100.0}  # of the terms of stage 1
+
+
+def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior: str = "kl",
+         noise: torch.Generator | None = None) -> dict[str, Tensor]:
+    """The terms of Eq. 5, for the views x (V, B, 28, 28) and what a model makes of them; the second
+    is called "kl" even where it is another prior's, "mmd"."""
+    return {"bce": bce(logits, x.flatten(0, 1)),
+            "kl": kl(mu, logvar) if prior == "kl" else mmd(mu, logvar, noise)}
+
+
+def weighted(terms: dict[str, Tensor], weights: dict[str, float] | None) -> dict[str, Tensor]:
+    """The terms, and before them their weighted sum, "loss"."""
+    return {"loss": sum((weights or WEIGHTS)[key] * term for key, term in terms.items()), **terms}
+
+
+def singles(views: Sequence) -> list:
+    """Of 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
+    return [view for i, view in enumerate(views) if i.bit_count() <= 1]
+
+
 def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
     """How far a batch is from having maps: mean over images and latents of (z L_i - z_i)^2, Eq. 6,
     with the best L_i for this batch, summed over i. z = E(x) and z_i = E(A_i x), (B, d) each.
 
     Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
-    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
+    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose. (It
+    could fall by making all latents short, too, but the KL keeps them as long as the prior's.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
-    with torch.no_grad():  # at the best L the loss does not change with L
+    with torch.no_grad():  # at its minimum the error does not change with L: no gradient is lost
         G = z.T @ z
-        G.diagonal().add_(1e-3 * G.diagonal().mean())
-        L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)
+        G.diagonal().add_(1e-3 * G.diagonal().mean())  # z may have latents that carry nothing yet
+        L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
     return (z @ L - targets).square().sum() / z.numel()
 
 
@@ -289,7 +341,7 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
     return (unit - torch.linalg.matrix_power(L, order)).square().sum()
 
 
-# ---------------------------------------------------------------- baselines and ablations
+# ---------------------------------------------------------------- ablations: each changes one thing
 
 
 class NonlinearMap(nn.Sequential):
@@ -320,6 +372,42 @@ class NonlinearMap(nn.Sequential):
 LATENT_MAPS = {"linear": LatentMap,
                "mlp": partial(NonlinearMap, hidden=(8, 8)),  # the authors' widths
                "mlp-wide": partial(NonlinearMap, hidden=(256, 256))}
+
+
+def learn_jointly(model: LAVAE, start: str, orders: Sequence[int | None],
+                  involution_weight: float = 1.0) -> None:
+    """Stages 1 and 2 in one: where stage 1 has the misfit of the best maps for a batch, it gets Eq.
+    6 with the model's own. They start at I and learn along ("identity"), or stay what they are:
+    diagonals of +1 and -1, every pattern of signs in as many directions ("signs")."""
+    model.joint, model.misfit = start, partial(maps_loss, model.maps, orders, involution_weight)
+    if start == "signs":
+        for i, latent_map in enumerate(model.maps):
+            signs = [-1.0 if j >> i & 1 else 1.0 for j in range(model.latent_dim)]
+            latent_map.L.data.copy_(torch.diag(torch.tensor(signs)))
+
+
+def maps_loss(maps: Sequence[nn.Module], orders: Sequence[int | None], involution_weight: float,
+              z: Tensor, *augmented: Tensor) -> Tensor:
+    """Eq. 6 on a batch: z = E(x) and E(A_1 x), .. E(A_K x), (B, latent_dim) each."""
+    return sum((f(z) - z_i).square().mean() + involution_weight * f.order_error(order, z)
+               for f, z_i, order in zip(maps, augmented, orders))
+
+
+def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1000 times the squared maximum mean discrepancy of samples of q(z) and N(0, I), B of each.
+
+    Its kernel is exp(-|a - b|^2 / d). InfoVAE's prior loss with its weight: it asks only that all
+    latents together look normal, where `kl` asks it of every image's.
+    """
+    z, prior = sample(mu, logvar, generator), sample(0 * mu, 0 * logvar, generator)
+
+    def likeness(a, b):
+        return torch.exp(-(a[:, None] - b).square().mean(2)).mean()
+
+    return 1000 * (likeness(z, z) + likeness(prior, prior) - 2 * likeness(z, prior))
+
+
+# ---------------------------------------------------------------- the baseline
 
 
 class CVAE(nn.Module):
@@ -367,6 +455,20 @@ class CVAE(nn.Module):
         z = sample(mu.repeat(each, 1), logvar.repeat(each, 1), noise)
         return self.decoder(torch.cat([z, condition], 1)), mu, logvar
 
+    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
+               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
+        """What stage 1 minimises: "loss" and its terms, "bce" and "kl"; as the LAVAE's."""
+        logits, mu, logvar = self(x, noise, labels)
+        return weighted(elbo(logits, x, mu, logvar, prior, noise), weights)
+
+    def least_images(self, weights: dict[str, float] | None = None) -> int:
+        """The fewest images that a step of stage 1 may show."""
+        return 1
+
+    def stage1_parameters(self) -> list[Tensor]:
+        """What learns in stage 1: all."""
+        return [*self.parameters()]
+
     @torch.no_grad()
     def encode(self, images: Tensor, view: int = 0, labels: Tensor | None = None) -> Tensor:
         """uint8 images (N, 28, 28), all of one view, to posterior means (N, latent_dim)."""
@@ -377,20 +479,6 @@ class CVAE(nn.Module):
     def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
         """Latents (N, latent_dim) to what makes the decoder draw that view: z and the condition."""
         return torch.cat([z, self.conditions([view], len(z), labels)], 1)
-
-
-def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """1000 times the squared maximum mean discrepancy of samples of q(z) and N(0, I), B of each.
-
-    Its kernel is exp(-|a - b|^2 / d). InfoVAE's prior loss with its weight: it asks only that all
-    latents together look normal, where `kl` asks it of every image's.
-    """
-    z, prior = sample(mu, logvar, generator), sample(0 * mu, 0 * logvar, generator)
-
-    def likeness(a, b):
-        return torch.exp(-(a[:, None] - b).square().mean(2)).mean()
-
-    return 1000 * (likeness(z, z) + likeness(prior, prior) - 2 * likeness(z, prior))
 
 
 # ---------------------------------------------------------------- checkpoints and devices
@@ -521,7 +609,7 @@ def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> t
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a device has left, as far as its system says: else all that it has, or infinity."""
+    """Bytes that a device has left, if its system says so; else all that it has, or infinity."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # torch >= 2.6

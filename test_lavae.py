@@ -87,7 +87,7 @@ def tiny_run(data, out, *words):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "MAP_STEPS", 250)  # near enough
         m.setattr(train, "settle", lambda loss_of, L: (L.detach(), True))
-        train.run(data[0][:2000], data[1][:2000], CPU, settings)
+        train.train_one(settings, data[0][:2000], data[1][:2000])
     return lavae.load(out)
 
 
@@ -506,13 +506,11 @@ def test_checkpoint_round_trip(run, tmp_path):
 # ---------------------------------------------------------------- train.py
 
 
-def maps_of(z, *targets, augs=("flip_lr", "flip_ud"), **weights):
+def maps_of(z, *targets, augs=("flip_lr", "flip_ud"), involution_weight=1.0, paper_involution=False):
     """What stage 2 learns from z and its targets."""
     augs = augs[:len(targets)]
-    settings = settings_of("--augs", *augs, "--no-transfer")
-    vars(settings).update(weights)
     model = LAVAE(augs, latent_dim=z.shape[1], filters=1)
-    train.stage2(model, [z, *targets], settings)
+    train.stage2(model, [z, *targets], train.orders_of(augs, paper_involution), involution_weight)
     return [latent_map.L.detach() for latent_map in model.maps]
 
 
@@ -549,7 +547,7 @@ def test_stage2_goes_on_until_it_has_settled():
     mixed = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
     z_i = (z @ turn + 0.05 * torch.randn(3000, 48, generator=generator)) @ mixed
     model = LAVAE(["rotate_cw"], latent_dim=48, filters=1)
-    row, = train.stage2(model, [z @ mixed, z_i], settings_of("--augs", "rotate_cw"))
+    row, = train.stage2(model, [z @ mixed, z_i], [4])
     statistics = lavae.moments(z @ mixed, z_i)
 
     def loss(flat):
@@ -569,7 +567,7 @@ def test_a_map_that_has_not_settled_is_named(small_data, tmp_path, monkeypatch, 
     for settled in (True, False):
         monkeypatch.setattr(train, "settle", lambda loss_of, L: (L.detach(), settled))
         train.main([*SMALL, "--no-transfer", "--overwrite", "--out", str(tmp_path)])
-        assert ("the map of flip_lr has not settled" in capsys.readouterr().out) != settled
+        assert ("not settled" in capsys.readouterr().out) != settled
 
 
 def test_stage2_finds_a_known_quarter_turn():
@@ -605,8 +603,8 @@ def test_the_order_of_each_map():
             again.append(function(again[-1]))
         back = [k for k in range(1, 9) if np.array_equal(again[k], x)]
         assert back[:1] == [augment.ORDERS[name]] if name in augment.ORDERS else not back, name
-    assert train.orders_of(settings_of("--augs", "rotate_cw", "flip_lr", "canny", "--no-transfer")) == [4, 2, None]
-    assert train.orders_of(settings_of("--augs", "rotate_cw", "canny", "--paper-involution")) == [2, 2]
+    assert train.orders_of(["rotate_cw", "flip_lr", "canny"]) == [4, 2, None]
+    assert train.orders_of(["rotate_cw", "canny"], paper_involution=True) == [2, 2]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -666,9 +664,9 @@ def test_the_misfit_sees_more_images_than_it_can_fit(small_data, data, tmp_path,
     generator = torch.Generator().manual_seed(0)
     assert lavae.misfit(*torch.randn(2, 16, 16, generator=generator)) < 0.3 < lavae.misfit(
         *torch.randn(2, 32, 16, generator=generator))
-    seen, misfit, sizes = [], train.misfit, []
-    monkeypatch.setattr(train, "misfit", lambda z, *others: seen.append(len(z)) or misfit(z, *others))
-    monkeypatch.setattr(train, "bce", lambda logits, x: sizes.append(len(x)) or lavae.bce(logits, x))
+    seen, misfit, sizes, bce = [], lavae.misfit, [], lavae.bce
+    monkeypatch.setattr(lavae, "misfit", lambda z, *others: seen.append(len(z)) or misfit(z, *others))
+    monkeypatch.setattr(lavae, "bce", lambda logits, x: sizes.append(len(x)) or bce(logits, x))
     words = [*SMALL, "--augs", "flip_lr", "flip_ud", "rotate_cw", "--batch-size", "40", "--overwrite"]
     train.main([*words, "--out", str(tmp_path)])
     assert set(seen) == {32, 400 % 32} and set(sizes) == {8 * 32, 8 * (400 % 32)}
@@ -829,6 +827,20 @@ def test_presets_fill_in_and_options_win():
         "runs/flip_lr+flip_ud")
     assert settings_of("--no-transfer").transfer == []
     assert settings_of("--augs", "canny").transfer == []
+
+
+def test_settings_in_a_notebook(small_data, tmp_path):
+    model = train.run(train.Settings(epochs=1, filters=2, transfer=[], device="cpu", out=tmp_path / "run"))
+    assert isinstance(model, LAVAE) and model.settings["epochs"] == 1 and model.settings["batch_size"] == 128
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), lavae.load(tmp_path / "run").parameters()))
+    for wrong, words in ((dict(epochs=0), "1 or more"), (dict(lr=math.nan), "above 0"), (dict(augs=["flop"]), "flip_ud"),
+                         (dict(transfer=[["canny", "nope"]]), "nope"), (dict(model="gan"), "cvae-paired"),
+                         (dict(joint="signs", model="cvae"), "--joint does not go with --model cvae"),
+                         (dict(seed=-1), "2\\^62"), (dict(preset="huge"), "laptop")):
+        with pytest.raises(ValueError, match=words):
+            train.Settings(**wrong)
+    with pytest.raises(FileExistsError, match="finished"):
+        train.run(train.Settings(epochs=1, filters=2, transfer=[], device="cpu", out=tmp_path / "run"))
 
 
 # ---------------------------------------------------------------- evaluate.py
@@ -1568,7 +1580,7 @@ def test_a_failed_allocation_is_one_line(error, small_data, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "measure", fail)
     refused(evaluate.main, [tmp_path, "--device", "cpu"], capsys, "memory is full", str(tmp_path))
     for main in (train.main, evaluate.main):  # what is no lack of memory is not said to be one
-        monkeypatch.setattr(train, "stage1", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(train, "stage1", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
         monkeypatch.setattr(evaluate, "measure", lambda *_: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             main([*SMALL, "--overwrite", "--out", str(tmp_path)] if main is train.main else [str(tmp_path)])
@@ -1679,16 +1691,17 @@ def test_the_heat_map_goes_on_after_a_kill_and_repeats_no_pair(small_data, tmp_p
     words = ["--heatmap", "--device", "cpu", "--filters", "2", "--epochs", "1", "--transfer-epochs", "1",
              "--out", str(tmp_path / "map")]
     begun, stage1, trained = [], train.stage1, []
-    monkeypatch.setattr(train, "stage1", lambda model, *more: begun.append("+".join(model.augs)) or stage1(model, *more))
+    monkeypatch.setattr(train, "stage1", lambda model, *more, **words: (
+        begun.append("+".join(model.augs)) or stage1(model, *more, **words)))
 
     def killed_after_two(*arguments):
         if len(begun) == 2:
             raise Killed
         return run_one(*arguments)
 
-    run_one = train.run
+    run_one = train.train_one
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(train, "run", killed_after_two)
+        m.setattr(train, "train_one", killed_after_two)
         train.main(words)
     pairs = list(evaluate.PAPER_TOTALS)
     assert begun == pairs[:2] == ["+".join(pair) for pair in train.PAIRS[:2]]
@@ -1901,11 +1914,12 @@ def test_two_runs_are_kept_out_of_one_folder(small_data, tmp_path, capsys, monke
 def test_an_epochs_seconds_are_its_own(monkeypatch, capsys):
     clock = iter([0.0, 2.0, 2.0, 2.5, 2.5, 3.0, 3.0])  # at the start; at the end of each epoch, twice
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    progress, seconds = train.Progress(300), []
+    progress, rows = train.Progress("stage 1", epochs=3, per_epoch=100, n_views=4), []
+    monkeypatch.setattr(progress, "live", False)
     for _ in range(3):
-        progress.done += 100
-        seconds.append(progress.end_epoch(1.0))
-    assert seconds == [2.0, 0.5, 0.5]
+        progress.add({"loss": torch.tensor(1.0)}, 100)
+        rows.append(progress.end_epoch())
+    assert [(row["seconds"], row["images_per_second"]) for row in rows] == [(2.0, 200), (0.5, 800), (0.5, 800)]
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
@@ -1921,13 +1935,13 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
 
 
 def test_a_diverging_run_says_so_and_keeps_the_last_good_state(small_data, tmp_path, monkeypatch, capsys):
-    calls = []
+    calls, kl = [], lavae.kl
 
     def bad_kl(mu, logvar):
         calls.append(1)
-        return lavae.kl(mu, logvar) * (math.nan if len(calls) > 16 else 1)
+        return kl(mu, logvar) * (math.nan if len(calls) > 16 else 1)
 
-    monkeypatch.setattr(train, "kl", bad_kl)
+    monkeypatch.setattr(lavae, "kl", bad_kl)
     refused(train.main, [*SMALL, "--no-transfer", "--out", tmp_path], capsys, "stage 1", "step 16", "--lr")
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     page = lavae.read(tmp_path / "state.pt")["stage 1"]
@@ -2330,8 +2344,8 @@ def test_a_notebook_on_an_accelerator(accelerator, run, digits, tmp_path):
 def test_an_epoch_waits_for_nothing(accelerator, tmp_path, monkeypatch):
     """Between the first and the last batch of an epoch the host reads nothing back, in no stage."""
     seen, add = {}, train.Progress.add
-    monkeypatch.setattr(train.Progress, "add", lambda self, n, label, loss: (
-        seen.setdefault((id(self), label), []).append(readbacks.total()), add(self, n, label, loss)))
+    monkeypatch.setattr(train.Progress, "add", lambda self, *step: (
+        seen.setdefault((id(self), self.epoch), []).append(readbacks.total()), add(self, *step)))
     for words in ("", "--model cvae --condition both", "--prior-loss mmd --augs rotate_cw canny", "--joint identity"):
         train.main([*TINY, *words.split(), "--overwrite", "--out", str(tmp_path)])
     assert len(seen) == 7 and {len(counts) for counts in seen.values()} == {5, 10}
@@ -2410,7 +2424,7 @@ def benchmark_stage1(n=8192):
 
     print(f"stage 1 on {4 * n:,} images in batches of {settings.batch_size}")
     in_turn(**{"bare loop, Adam(fused)": bare_loop,
-               "train.stage1": lambda: train.stage1(model, images, settings)})
+               "train.stage1": lambda: train.stage1(model, images)})
 
 
 def benchmark_adabelief(filters, n=100):

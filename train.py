@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,23 +40,9 @@ except ImportError:  # Windows
 import lavae
 from adabelief import AdaBelief
 from augment import AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, all_views, load_images, views
-from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, kl, map_error, misfit, mmd, moments, order_error,
-                   pixels)
+from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels,
+                   singles)
 
-PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
-    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
-}
-MODELS = {  # --model
-    "lavae": "LAVAE",
-    "cvae": "CVAE, naive: told the {told}, shown all views",
-    "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
-    "vae": "VAE of originals only, maps between its codes of the views",
-}
-PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
-         ["shear_x", "canny"]]  # of the paper's heat-map
-MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
 MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
@@ -64,75 +51,36 @@ NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise wer
 # ---------------------------------------------------------------- the three stages
 
 
-def stage1(model: LAVAE | CVAE, images: Tensor, settings: argparse.Namespace,
-           labels: Tensor | None = None, diary: "Diary | None" = None) -> list[dict]:
+def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
+           weights: dict[str, float] | None = None, prior: str = "kl", seed: int = 0,
+           film: "Film | None" = None, **schedule) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
-    images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device.
-    Returns the history: a dict an epoch with the mean loss, bce and kl, nats an image, and misfit.
-
-    Eq. 5 does not ask for latents that have maps. `map_weight` does: see `lavae.misfit`. (The paper
-    has no such term; 0 leaves it out.) A baseline is shown fewer views, and then more of each.
-    labels (N,) are for a CVAE that is told the digits.
+    images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
+    (N,), for a CVAE that is told the digits. What is minimised says `model.losses`, which takes
+    weights and prior; `fit` takes the schedule. A baseline is shown fewer views, and then more of
+    each. Returns the history: a dict an epoch with the mean loss and its terms, nats an image.
     """
-    noise = torch.Generator(images.device).manual_seed(settings.seed + NOISE)
-    seen = len(images) * images.shape[1]  # an epoch, by every model
-    images = images[model.shown]
-    parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
-    if settings.joint == "identity":
-        parameters += model.maps.parameters()
-
-    moving = {"noise": noise}
-    if settings.record:
-        every = max(1, seen * settings.epochs // settings.batch_size // 32)
-        moving["film"] = Film(model, images, settings.out / "recording.pt", every)
+    noise = torch.Generator(images.device).manual_seed(seed + NOISE)
+    seen, images = images.shape[:2].numel(), images[model.shown]  # seen in an epoch, by every model
+    moving = {"noise": noise} | ({"film": film} if film else {})
 
     def loss_of(index):
-        if settings.record:
-            moving["film"].look()
-        return stage1_losses(model, pixels(images[:, index]), settings, noise,
-                             None if labels is None else labels[index])
+        if film:
+            film.look()
+        x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
+        return model.losses(x, noise, None if labels is None else labels[index], weights, prior)
 
-    return fit("stage 1", loss_of, images.shape[:2], parameters, settings.epochs, settings, diary,
-               seen, moving, least=least_images(model, settings))
-
-
-def stage1_losses(model: LAVAE | CVAE, x: Tensor, settings: argparse.Namespace,
-                  noise: torch.Generator, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Eq. 5 on a batch, and the pinch of Eq. 6: the loss and its terms, bce, kl and misfit.
-
-    x: (V, B, 28, 28) in [0, 1], the views `model.shown` of B images; labels (B,), their digits.
-    """
-    logits, mu, logvar = model(x, noise, *([] if labels is None else [labels]))
-    reconstruction = bce(logits, x.flatten(0, 1))
-    prior = kl(mu, logvar) if settings.prior_loss == "kl" else mmd(mu, logvar, noise)
-    loss = settings.recon_weight * reconstruction + settings.kl_weight * prior
-    terms = {"bce": reconstruction, "kl": prior}
-    if has_misfit(model, settings):
-        z, *others = singles(mu.unflatten(0, x.shape[:2]))
-        terms["misfit"] = (maps_loss(model, [z, *others], settings) if settings.joint
-                           else misfit(z, *others))
-        loss = loss + settings.map_weight * terms["misfit"]
-    return {"loss": loss, **terms}
+    return fit("stage 1", loss_of, images.shape[:2], model.stage1_parameters(), seed=seed,
+               seen=seen, least=model.least_images(weights), moving=moving, **schedule)
 
 
-def has_misfit(model: LAVAE | CVAE, settings: argparse.Namespace) -> bool:
-    """Whether stage 1 asks this model for maps."""
-    return settings.map_weight > 0 and isinstance(model, LAVAE) and len(model.shown) > 1
-
-
-def least_images(model: LAVAE | CVAE, settings: argparse.Namespace) -> int:
-    """The fewest images that a step of stage 1 may show.
-
-    A matrix fits as many as there are latents without any misfit: show it twice as many.
-    """
-    return 2 * model.latent_dim if has_misfit(model, settings) else 1
-
-
-def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> list[dict]:
+def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
+           involution_weight: float = 1.0) -> list[dict]:
     """Learn the maps (Eq. 6); the compositions are never shown.
 
-    latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each.
+    latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each; orders: the k
+    of each map, see `lavae.order_error`.
 
     The loss is quadratic in the latents, so their second moments say all: one pass over the data,
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
@@ -142,11 +90,11 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
     whether it has settled.
     """
     history = []
-    for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders_of(settings)):
+    for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders):
         statistics = moments(latents[0], z_i)
 
         def loss_of(L):
-            return map_error(L, *statistics) + settings.involution_weight * order_error(L, order)
+            return map_error(L, *statistics) + involution_weight * order_error(L, order)
 
         L = torch.linalg.lstsq(*statistics[:2]).solution.requires_grad_()
         start = map_error(L, *statistics)
@@ -162,6 +110,29 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace
                         "error": map_error(L, *statistics).item(),
                         "penalty": order_error(L, order).item(), "settled": settled})
     return history
+
+
+def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
+           **schedule) -> list[dict]:
+    """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
+
+    z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
+    (2^K, N, 28, 28), the views to draw from them; `fit` takes the schedule. Returns the history: a
+    dict an epoch, mean loss.
+    """
+    head = model.heads["+".join(names)]
+
+    def loss_of(index):
+        x = pixels(images[:, index]).flatten(0, 1)
+        return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
+
+    return fit("stage 3, " + "+".join(names), loss_of, images.shape[:2], [*head.parameters()],
+               **schedule)
+
+
+def orders_of(augs: Sequence[str], paper_involution: bool = False) -> list[int | None]:
+    """The order k that each map should have: A_i^k x = x. The paper has 2 for all of them."""
+    return [2 if paper_involution else ORDERS.get(aug) for aug in augs]
 
 
 def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> tuple[Tensor, bool]:
@@ -192,59 +163,21 @@ def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> 
     return L.detach(), False
 
 
-def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace,
-                     diary: "Diary | None" = None) -> list[dict]:
-    """Stage 2 of the ablations; arguments and result as there.
+def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
+                     involution_weight: float = 1.0, **schedule) -> list[dict]:
+    """Stage 2 of the ablations; arguments and result as there, and `fit`'s schedule.
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
-    if not settings.joint:
-        def loss_of(index):
-            return {"loss": maps_loss(model, [z[index] for z in latents], settings)}
-
-        fit("stage 2", loss_of, (1, len(latents[0])), [*model.maps.parameters()], MLP_EPOCHS,
-            settings, diary)
+    loss = partial(lavae.maps_loss, model.maps, orders, involution_weight)
+    if not model.joint:
+        fit("stage 2", lambda index: {"loss": loss(*(z[index] for z in latents))},
+            (1, len(latents[0])), [*model.maps.parameters()], epochs=MLP_EPOCHS, **schedule)
     with torch.no_grad():
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
                  "penalty": f.order_error(order, z).item()}
-                for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:],
-                                              orders_of(settings))]
-
-
-def maps_loss(model: LAVAE, latents: Sequence[Tensor], settings: argparse.Namespace) -> Tensor:
-    """Eq. 6 on a batch: E(x), E(A_1 x), .. E(A_K x), (B, latent_dim) each."""
-    z = latents[0]
-    return sum(
-        (f(z) - z_i).square().mean() + settings.involution_weight * f.order_error(order, z)
-        for f, z_i, order in zip(model.maps, latents[1:], orders_of(settings)))
-
-
-def orders_of(settings: argparse.Namespace) -> list[int | None]:
-    """The order k that each map should have: A_i^k x = x. The paper has 2 for all of them."""
-    return [2 if settings.paper_involution else ORDERS.get(aug) for aug in settings.augs]
-
-
-def singles(views: Sequence) -> list:
-    """Of 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
-    return [view for i, view in enumerate(views) if i.bit_count() <= 1]
-
-
-def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
-           settings: argparse.Namespace, diary: "Diary | None" = None) -> list[dict]:
-    """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
-
-    z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
-    (2^K, N, 28, 28), the views to draw from them. Returns the history: a dict an epoch, mean loss.
-    """
-    head = model.heads["+".join(names)]
-
-    def loss_of(index):
-        x = pixels(images[:, index]).flatten(0, 1)
-        return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
-
-    return fit("stage 3, " + "+".join(names), loss_of, images.shape[:2], [*head.parameters()],
-               settings.transfer_epochs, settings, diary)
+                for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:], orders)]
 
 
 # ---------------------------------------------------------------- the loop of stages 1 and 3
@@ -257,97 +190,539 @@ def one_cycle(t: float, warm_up: float = 0.1) -> float:
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
-def images_a_step(n_views: int, settings: argparse.Namespace, least: int = 1) -> int:
+def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
     """How many images a batch holds, each under n_views views."""
-    return max(least, settings.batch_size // n_views)
+    return max(least, batch_size // n_views)
 
 
 def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
-        parameters: list[Tensor], epochs: int, settings: argparse.Namespace,
-        diary: "Diary | None" = None, seen: int | None = None, moving: dict | None = None,
-        least: int = 1) -> list[dict]:
-    """Minimise loss_of(indices)["loss"] for `shape`, views and images; returns each epoch's means.
+        parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 6e-3,
+        seed: int = 0, seen: int | None = None, least: int = 1, moving: dict | None = None,
+        diary: "Diary | None" = None) -> list[dict]:
+    """Minimise loss_of(indices)["loss"] with AdaBelief; returns each epoch's means.
 
-    A batch holds all views of some images, `least` or more, so that no step favours a view; an
-    epoch shows `seen` views, or each of them once. The terms of the loss stay on the device until
-    the epoch ends.
+    shape: views and images. A batch holds all views of some images, `least` or more, so that no
+    step favours a view: batch_size counts the views. An epoch shows `seen` views, or each once.
     With a diary it goes on after the last epoch that the diary has of `name`; `moving` is what
-    loss_of changes, by name: generators, and what has a state_dict. Raises FloatingPointError: a loss is infinite or not a number.
+    loss_of changes, by name: generators, and what has a state_dict. Raises FloatingPointError: a
+    loss is infinite or not a number.
     """
     n_views, n = shape
-    per_batch = images_a_step(n_views, settings, least)
+    per_batch = images_a_step(n_views, batch_size, least)
     per_epoch = (seen or n_views * n) // n_views
-    batches = math.ceil(per_epoch / per_batch)
+    steps = epochs * math.ceil(per_epoch / per_batch)
     optimizer, device = AdaBelief(parameters), parameters[0].device
-    order = torch.Generator().manual_seed(settings.seed + ORDER)
+    order = torch.Generator().manual_seed(seed + ORDER)
     moving = {"optimizer": optimizer, "order": order} | (moving or {})
     history = diary.recall(name, parameters, moving) if diary else []
-    progress = Progress((epochs - len(history)) * per_epoch * n_views)
-    for epoch in range(len(history), epochs):
-        sums, rounds = {}, range(math.ceil(per_epoch / n))
-        indices = torch.cat([torch.randperm(n, generator=order) for _ in rounds])[:per_epoch]
-        for i, index in enumerate(indices.to(device).split(per_batch)):
-            share = (epoch * batches + i + 0.5) / (epochs * batches)
-            optimizer.param_groups[0]["lr"] = settings.lr * one_cycle(share)
+    progress = Progress(name, epochs, per_epoch, n_views, len(history))
+    step = len(history) * (steps // epochs)
+    for _ in range(len(history), epochs):
+        rounds = [torch.randperm(n, generator=order) for _ in range(math.ceil(per_epoch / n))]
+        for index in torch.cat(rounds)[:per_epoch].to(device).split(per_batch):
+            optimizer.param_groups[0]["lr"] = lr * one_cycle((step + 0.5) / steps)
             terms = loss_of(index)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
-            terms["finite"] = terms["loss"].isfinite()
-            for key, value in terms.items():
-                sums[key] = sums.get(key, 0) + value.detach() * len(index)
-            progress.add(len(index) * n_views, f"epoch {epoch + 1}/{epochs}", terms["loss"])
-            if INTERRUPTED:
-                raise KeyboardInterrupt
-        good = float(sums.pop("finite"))
-        if good < per_epoch:
-            raise FloatingPointError(
-                f"{name}: the loss is no number any more after step "
-                f"{epoch * batches + int(good // per_batch)}: try a lower --lr")
-        means = {key: float(value) / per_epoch for key, value in sums.items()}
-        seconds = progress.end_epoch(means["loss"])
-        history.append({"epoch": epoch + 1, **means, "seconds": seconds,
-                        "images_per_second": round(per_epoch * n_views / seconds)})
+            progress.add(terms, len(index))
+            step += 1
+        history.append(progress.end_epoch())
         if diary:
             diary.note(name, parameters, moving, history)
     return history
 
 
-class Film:
-    """recording.pt: some frames of stage 1 as it learns, for `evaluate.py`'s film.
+class Progress:
+    """The means of an epoch's losses, and a line that shows them: on a terminal rewritten twice a
+    second, elsewhere written once an epoch. The terms stay on the device until the epoch ends."""
 
-    A frame is the latents of 150 images under all views, and what ten of them decode to.
+    def __init__(self, name: str, epochs: int, per_epoch: int, n_views: int, epoch: int = 0):
+        self.name, self.epochs, self.per_epoch, self.n_views = name, epochs, per_epoch, n_views
+        self.epoch, self.done, self.sums, self.steps, self.shown = epoch, 0, {}, [], 0.0
+        self.first, self.live = epoch, sys.stdout.isatty()
+        self.start = self.epoch_start = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], n: int) -> None:
+        """Count a step on n images; a loss is read only where it is shown. Raises
+        KeyboardInterrupt: Ctrl-C was pressed."""
+        for key, value in (terms | {"finite": terms["loss"].isfinite()}).items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach() * n
+        self.done += n
+        self.steps.append(n)
+        if self.live and time.perf_counter() - self.shown > 0.5:
+            self.shown = time.perf_counter()
+            self._show(float(terms["loss"]), end="")
+        if INTERRUPTED:
+            raise KeyboardInterrupt
+
+    def end_epoch(self) -> dict:
+        """The epoch's row of the history, and a line. Raises FloatingPointError."""
+        good = float(self.sums.pop("finite"))
+        if good < self.per_epoch:
+            step = self.epoch * len(self.steps) + int(good // self.steps[0])
+            raise FloatingPointError(f"{self.name}: the loss is no number any more after step "
+                                     f"{step}: try a lower --lr")
+        means = {key: float(value) / self.per_epoch for key, value in self.sums.items()}
+        self._show(means["loss"], end="\n")
+        now = time.perf_counter()
+        seconds, self.epoch_start = now - self.epoch_start, now
+        self.epoch, self.sums, self.steps = self.epoch + 1, {}, []
+        return {"epoch": self.epoch, **means, "seconds": seconds,
+                "images_per_second": round(self.per_epoch * self.n_views / seconds)}
+
+    def _show(self, loss, end):
+        rate = self.done / (time.perf_counter() - self.start)
+        left = round(((self.epochs - self.first) * self.per_epoch - self.done) / rate)
+        print("\r" * self.live + f"  epoch {self.epoch + 1}/{self.epochs}  loss {loss:7.2f}  "
+              f"{rate * self.n_views:7,.0f} images/s  {left // 60:3d}:{left % 60:02d} left",
+              end=end, flush=True)
+
+
+# ---------------------------------------------------------------- settings
+
+PRESETS = {  # each setting is also an option of its own
+    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
+    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
+    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
+}
+MODELS = {  # --model
+    "lavae": "LAVAE",
+    "cvae": "CVAE, naive: told the {told}, shown all views",
+    "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
+    "vae": "VAE of originals only, maps between its codes of the views",
+}
+PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
+         ["shear_x", "canny"]]  # of the paper's heat-map
+MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
+
+
+def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
+    """An argparse type: what `kind` reads and `test` lets pass; `words` say what is wanted."""
+    def parse_number(text):
+        try:
+            if test(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {words}, not {text!r}")
+    return parse_number
+
+
+COUNT = bounded(int, lambda v: v >= 1, "a whole number, 1 or more")
+RATE = bounded(float, lambda v: 0 < v < math.inf, "a number above 0")
+WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
+SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")
+
+
+def option(default, accepts, words: str, **more) -> object:
+    """A field of Settings that is an option of the command line.
+
+    accepts: bool for a flag, the choices, or what reads the text. more: metavar; many=True for
+    several values; models, the --model that it goes with; forgets=True, if no result depends on it.
     """
+    return field(default=default, metadata=dict(accepts=accepts, help=words, **more))
 
-    def __init__(self, model: LAVAE, images: Tensor, path: Path, every: int):
-        self.model, self.images, self.path, self.every = model, images[:, :150], path, every
-        self.taken = {"step": 0, "steps": [], "latents": [], "drawn": []}
 
-    def look(self) -> None:
-        """To be called before each step; takes a frame and writes it where one is due."""
-        step, taken = self.taken["step"], self.taken
-        taken["step"] += 1
-        if step % self.every:
-            return
-        z = torch.stack([self.model.encode(view) for view in self.images])
+def flat(value) -> list:
+    """The single values in a setting: lists within lists, or one."""
+    return [one for part in value for one in flat(part)] if isinstance(value, list) else [value]
+
+
+@dataclass
+class Settings:
+    """What a run can be told: each option of the command line, and `Settings(epochs=1)` in a
+    notebook. None is what the preset or the other settings say. Raises ValueError: they clash."""
+    model: str = option("lavae", MODELS, "(default lavae)\n" + "\n".join(
+        f"{name}: {words.format(told='view')}" for name, words in MODELS.items()))
+    baselines: bool = option(
+        False, bool, "train the LAVAE, and the other models in folders inside its run folder",
+        models=["lavae"], forgets=True)
+    heatmap: bool = option(
+        False, bool, "train on each of the paper's four pairs, and transfer each to all four, in "
+        "folders\ninside the run folder (default runs/heatmap); pairs that are finished are kept",
+        models=["lavae"], forgets=True)
+    all_targets: bool = option(
+        False, bool, "with --heatmap: to the three further pairs of the authors' code, too",
+        forgets=True)
+    augs: list = option(
+        None, AUGMENTATIONS, "augmentations to learn, in the order in which they compose\n"
+        f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}", many=True, metavar="A")
+    transfer: list = option(
+        None, AUGMENTATIONS, "train a further decoder head that draws these, one for each of "
+        "--augs;\nmay be repeated (default shear_x canny, where --augs are two)", many=True,
+        action="append", metavar="B", models=["lavae", "vae"])
+    no_transfer: bool = option(False, bool, "leave stage 3 out", forgets=True)
+    preset: str = option("laptop", PRESETS, "(default laptop)\n" + "\n".join(
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
+        for name, preset in PRESETS.items()), forgets=True)
+    filters: int = option(None, COUNT, "of the first convolution (appendix C)", metavar="N")
+    latent_dim: int = option(16, COUNT, "(default 16)", metavar="N")
+    epochs: int = option(None, COUNT, "of stage 1, over all views of all images", metavar="N")
+    transfer_epochs: int = option(None, COUNT, "of stage 3, the same for each head", metavar="N")
+    batch_size: int = option(
+        None, COUNT, "images a step, all views counted; stage 1 takes 2 * latent dim * views or "
+        "more,\nbecause fewer would have no misfit", metavar="N")
+    lr: float = option(None, RATE, "the learning rate's peak in stages 1 and 3", metavar="X")
+    kl_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
+    recon_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
+    map_weight: float = option(
+        100.0, WEIGHT, "of the maps' misfit in stage 1 (default 100); 0 leaves Eq. 5 as the paper "
+        "has it", metavar="X")
+    involution_weight: float = option(
+        1.0, WEIGHT, "of |I - L^k|^2 in stage 2 (default 1)", metavar="X")
+    paper_involution: bool = option(
+        False, bool, "k = 2 for all, as in the paper; without: 2 for flips, 4 for quarter turns; "
+        "and a\nhundredth of |I - L L^T|^2 for augmentations that never come back")
+    condition: str = option("view", ["view", "digit", "both"],
+                            "what --model cvae is told (default view)", models=["cvae"])
+    latent_map: str = option(
+        "linear", LATENT_MAPS, "an MLP in the place of each L: an ablation (default linear)",
+        models=["lavae", "vae"])
+    joint: str = option(
+        None, ["identity", "signs"], "an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. "
+        "6; the maps start\nat I, or stay at diagonals of +-1", models=["lavae"])
+    prior_loss: str = option("kl", ["kl", "mmd"], "in stage 1 (default kl)")
+    dataset: str = option(
+        "mnist", DATASETS,
+        "mnist lies in the repository, the others are downloaded (default mnist)")
+    data_dir: Path = option(DATA_DIR, Path, "(default data/)", metavar="DIR", forgets=True)
+    seed: int = option(0, SEED, "(default 0)", metavar="N")
+    device: str = option("auto", ["auto", "cpu", "cuda", "mps"], "(default auto)")
+    record: bool = option(False, bool, "keep frames of stage 1 for evaluate.py's film",
+                          models=["lavae"], forgets=True)
+    resume: bool = option(False, bool, "go on where an interrupted run stopped", forgets=True)
+    overwrite: bool = option(False, bool, "start over in a run folder that is in use",
+                             forgets=True)
+    out: Path = option(
+        None, Path, "the run folder (default runs/ and the names of --augs, joined by +;\n"
+        "a baseline's name before them)", metavar="DIR", forgets=True)
+    one_of_several: bool = field(default=False, metadata=dict(forgets=True))  # no option
+
+    def __post_init__(self):
+        for words in self._clashes():
+            raise ValueError(words)
+        for key, value in PRESETS[self.preset].items():
+            setattr(self, key, value if getattr(self, key) is None else getattr(self, key))
+        self.augs = self.augs or PAIRS[0]
+        if self.transfer is None:
+            default = self.model == "lavae" and len(self.augs) == 2 and not self.no_transfer
+            self.transfer = [["shear_x", "canny"]] if default else []
+        for names in self.transfer:
+            if len(names) != len(self.augs):
+                raise ValueError(
+                    f"--transfer {' '.join(names)}: name {len(self.augs)} augmentations, one for "
+                    f"each of --augs {' '.join(self.augs)}")
+        for names in (self.augs, self.transfer, *self.transfer):
+            if any(names.count(name) > 1 for name in names):
+                raise ValueError("--augs and --transfer: the same is named twice, name it once")
+        prefix = "" if self.model == "lavae" else self.model + "-"
+        name = "heatmap" if self.heatmap else prefix + "+".join(self.augs)
+        self.out = Path(self.out or Path("runs") / name)
+
+    def described(self) -> str:
+        """A line that says what is trained."""
+        told = "view and the digit" if self.condition == "both" else self.condition
+        return (f"{MODELS[self.model].format(told=told)}: {' and '.join(self.augs)}, on "
+                f"{self.dataset}; {self.preset} preset, {self.device}, seed {self.seed}")
+
+    def _clashes(self):  # what is wrong with the settings as they were given
+        for f in fields(self):
+            value, accepts = getattr(self, f.name), f.metadata.get("accepts")
+            option_name = "--" + f.name.replace("_", "-")
+            if value == f.default or accepts is None:
+                continue
+            try:
+                for one in flat(value):
+                    if callable(accepts):
+                        accepts(str(one))
+                    elif one not in accepts:
+                        yield f"{option_name}: choose from {', '.join(accepts)}, not {one!r}"
+            except argparse.ArgumentTypeError as error:
+                yield f"{option_name}: {error}"
+            models = f.metadata.get("models", [self.model])
+            if value and self.model not in models:
+                yield (f"{option_name} does not go with --model {self.model}, only with "
+                       f"{' and '.join(models)}: leave one out")
+        if self.all_targets and not self.heatmap:
+            yield "--all-targets goes with --heatmap only: add it, or leave it out"
+        if self.heatmap and (self.augs or self.transfer or self.no_transfer or self.baselines):
+            yield ("--heatmap names the augmentations and transfers itself, and trains no "
+                   "baselines: leave --augs, --transfer, --no-transfer and --baselines out")
+        for a, b in (("resume", "overwrite"), ("transfer", "no_transfer")):
+            if getattr(self, a) and getattr(self, b):
+                yield (f"--{a} and --{b.replace('_', '-')} exclude each other: leave one out")
+        if self.joint == "signs" and self.latent_map != "linear":
+            yield "--joint signs is a start for linear maps: leave --latent-map out"
+        if self.joint and not self.map_weight:
+            yield "--joint needs a --map-weight above 0"
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The command line; its help is the manual."""
+    parser = argparse.ArgumentParser(  # without a usage line, an error is one line
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
+    for f in fields(Settings):
+        if "help" not in f.metadata:
+            continue
+        words, accepts = dict(f.metadata), f.metadata["accepts"]
+        keywords = {key: words[key] for key in ("help", "metavar", "action") if key in words}
+        if accepts is bool:
+            keywords["action"] = "store_true"
+        else:
+            keywords["type" if callable(accepts) else "choices"] = accepts
+        if "many" in words:
+            keywords["nargs"] = "+"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **keywords)
+    return parser
+
+
+def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Settings:
+    """The settings of a command line. Ends the program where they clash."""
+    try:
+        return Settings(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def runs_of(settings: Settings) -> list[Settings]:
+    """The settings of all runs that these ask for.
+
+    --baselines: the LAVAE, and the others in folders inside its own; --heatmap: a folder a pair.
+    """
+    def changed(name, **changes):
+        return replace(settings, out=settings.out / name, baselines=False, heatmap=False,
+                       all_targets=False, one_of_several=True, **changes)
+
+    if settings.heatmap:
+        targets = PAIRS + MORE_TARGETS * settings.all_targets
+        return [changed("+".join(pair), augs=pair, transfer=targets) for pair in PAIRS]
+    plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
+    others = [name for name in MODELS if name != "lavae"] * settings.baselines
+    return [settings, *(changed(name, model=name, **plain) for name in others)]
+
+
+def config_of(settings: Settings) -> dict:
+    """What decides the result, as plain data."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings)
+            if not f.metadata.get("forgets")}
+
+
+# ---------------------------------------------------------------- from settings to a model
+
+
+def build(settings: Settings) -> LAVAE | CVAE:
+    """The untrained model."""
+    size = dict(latent_dim=settings.latent_dim, filters=settings.filters)
+    if settings.model.startswith("cvae"):
+        told = settings.condition if settings.model == "cvae" else "paired"
+        return CVAE(settings.augs, told, **size)
+    model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
+                  originals_only=settings.model == "vae", **size)
+    if settings.joint:
+        lavae.learn_jointly(model, settings.joint, orders_of(settings.augs,
+                            settings.paper_involution), settings.involution_weight)
+    return model
+
+
+def weights_of(settings: Settings) -> dict[str, float]:
+    """Of the terms of stage 1's loss."""
+    return {"bce": settings.recon_weight, "kl": settings.kl_weight, "misfit": settings.map_weight}
+
+
+def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> Tensor:
+    """The views of uint8 images (N, 28, 28) on the device, (2^K, N, 28, 28)."""
+    return torch.from_numpy(np.stack(all_views(images, augs))).to(device)
+
+
+def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> None:
+    """The three stages, one after the other, on settings.device; writes model.pt and metrics.json.
+
+    x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
+    """
+    torch.manual_seed(settings.seed)
+    device, config = torch.device(settings.device), config_of(settings)
+    model, diary = lavae.tune(build(settings).to(device)), Diary(settings.out / "state.pt", config)
+    history, seconds = {}, {}
+    schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed, diary=diary)
+
+    def timed(name, f, *arguments, **more):
+        start = time.perf_counter()
+        history[name] = rows = f(*arguments, **more)
+        noted = isinstance(rows[-1], dict) and "seconds" in rows[-1]  # before --resume, too
+        seconds[name] = round(sum(row["seconds"] for row in rows) if noted
+                              else time.perf_counter() - start, 2)
+        return rows
+
+    images = tensors(x_train, settings.augs, device)
+    print(f"{settings.described()}\nstage 1: encoder and decoder learn to draw {len(model.shown)} of "
+          f"{len(images)} views of {len(x_train):,} images")
+    labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
+    timed("stage 1", stage1, model, images, labels, weights_of(settings), settings.prior_loss,
+          epochs=settings.epochs, film=Film.of(settings, model, images), **schedule)
+    if isinstance(model, LAVAE):
+        print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
+        latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
+        del history["encoding"]
+        orders = orders_of(settings.augs, settings.paper_involution)
+        linear = settings.latent_map == "linear" and not settings.joint
+        learn = stage2 if linear else partial(stage2_ablations, **schedule)
+        for row in timed("stage 2", learn, model, latents, orders, settings.involution_weight):
+            print(f"  map {row['map']}, " + ", ".join(
+                f"{key} {value:.2g}" for key, value in row.items() if type(value) is float)
+                + ("" if row.get("settled", True) else ": not settled, it would still fall"))
         with torch.no_grad():
-            drawn = (self.model.decoder(z[:, :10].flatten(0, 1)).sigmoid() * 255).round().byte()
-        taken["steps"].append(step)
-        taken["latents"].append(z.cpu())
-        taken["drawn"].append(drawn.unflatten(0, (len(z), 10)).cpu())
-        lavae.write({"steps": taken["steps"], "latents": torch.stack(taken["latents"]),
-                     "drawn": torch.stack(taken["drawn"])}, self.path)
+            z = torch.stack(views(latents[0], model.maps))
+        for names in settings.transfer:
+            print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
+            timed("stage 3, " + "+".join(names), stage3, model, names, z,
+                  tensors(x_train, names, device), epochs=settings.transfer_epochs, **schedule)
 
-    def state_dict(self) -> dict:
-        """All that it has, for the diary."""
-        return self.taken
+    metrics = {"config": config, "seconds": seconds, "history": history,
+               "images_per_second": history["stage 1"][-1]["images_per_second"]}
+    (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    lavae.save(model, settings.out / "model.pt", config)
+    diary.path.unlink(missing_ok=True)
+    print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from there: what came later is forgotten."""
-        self.taken = {key: value if key == "step" else [*value] for key, value in state.items()}
 
+def run(settings: Settings) -> LAVAE | CVAE:
+    """Train all that the settings ask for, and return the model (of several runs the first's).
+
+    Raises OSError, ValueError: something is missing, in the way, or does not fit;
+    FloatingPointError: a loss is no number; KeyboardInterrupt: its text says how to go on.
+    """
+    runs = runs_of(settings)
+    device = lavae.pick_device(settings.device)
+    x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
+    for one in runs:
+        check_memory(one, len(x_train), device)
+        one.device = lavae.trusted(settings.device, partial(first_step, one, x_train, y_train)).type
+    with contextlib.ExitStack() as held:
+        for one in runs:
+            held.enter_context(locked(one.out))
+        unfinished = [one for one in runs if has_work(one)]
+        for one in unfinished:
+            begin(one)
+        try:
+            for one in unfinished:
+                train_one(one, x_train, y_train)
+        except KeyboardInterrupt as stop:
+            instead = " in the place of --overwrite" * settings.overwrite
+            raise KeyboardInterrupt(f"the same command with --resume{instead} goes on") from stop
+    return lavae.load(runs[0].out, runs[0].device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    parser = parser_of()
+    settings = settings_of(parser, argv)
+    usual = signal.signal(signal.SIGINT, interrupt)
+    try:
+        run(settings)
+    except (OSError, ValueError, FloatingPointError) as error:
+        parser.error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not lavae.is_out_of_memory(error):
+            raise
+        what, size, options = memory_of(runs_of(settings)[0], 60_000)[0]
+        parser.error(f"the memory is full, and the {what} take most of what this run needs, "
+                     f"{size / 1e9:.2g} GB: close other programs and go on with --resume, or lower "
+                     f"{options}")
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\nstopped{': ' if stop.args else ' before anything was begun'}{stop}\n")
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        INTERRUPTED.clear()
+    print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{settings.out}")
+
+
+# ---------------------------------------------------------------- what keeps a run safe
 
 INTERRUPTED = []  # filled by the first Ctrl-C
+
+
+def interrupt(*_) -> None:
+    """The first Ctrl-C ends training after the batch, the second at once."""
+    INTERRUPTED.append(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a run folder and hold it against other runs; the system frees it when a process dies.
+
+    Raises OSError: it cannot be written. ValueError: another run holds it.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another --out"
+                      ) from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise OSError("its holder has just removed it")
+    except OSError as error:
+        file.close()
+        raise ValueError(f"another run is at work in {folder}: wait for it, or choose another --out"
+                         ) from error
+    try:
+        yield
+    finally:
+        if fcntl:  # while it is held, so that nobody has it in the meantime; Windows forbids that
+            path.unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def has_work(settings: Settings) -> bool:
+    """Whether there is work to do: not where --resume, --baselines or --heatmap finds the finished
+    run. Changes nothing. Raises OSError, ValueError: something there must not be lost.
+    """
+    out, config = settings.out, config_of(settings)
+    finished, begun = out / "model.pt", out / "state.pt"
+    if settings.overwrite:
+        return True
+    if begun.is_file():
+        pages = Diary(begun, config).pages
+        if settings.resume:
+            check_same(begun, pages.get("config"), config)
+        elif len(pages) > 1 or finished.is_file():
+            raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
+                                  "over with --overwrite, or choose another --out")
+    elif finished.is_file():
+        if not (settings.resume or settings.baselines or settings.one_of_several):
+            raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
+                                  "choose another --out")
+        check_same(finished, lavae.load(finished).settings, config)
+        print(f"{out} is finished already, with the same settings: kept")
+        return False
+    return True
+
+
+def begin(settings: Settings) -> None:
+    """Write into state.pt what was asked, first of all: from here on --resume knows its own run,
+    whatever model.pt is still there. Raises OSError."""
+    state = settings.out / "state.pt"
+    if not (settings.resume and state.is_file()):
+        lavae.write({"config": config_of(settings)}, state)
+        (settings.out / "recording.pt").unlink(missing_ok=True)
+
+
+def check_same(path: Path, was: dict, now: dict) -> None:
+    """Raises ValueError: the settings differ, or are none."""
+    was = was if isinstance(was, dict) else {}
+    for key, value in now.items():
+        if key not in was or was[key] != value:
+            raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
+                             "same options, or --overwrite to start over")
 
 
 class Diary:
@@ -392,305 +767,48 @@ class Diary:
         lavae.write(self.pages, self.path)
 
 
-class Progress:
-    """One line on a terminal, rewritten twice a second; elsewhere a line an epoch."""
+class Film:
+    """recording.pt: some frames of stage 1 as it learns, for `evaluate.py`'s film.
 
-    def __init__(self, total: int):
-        self.total, self.done, self.shown = total, 0, 0.0
-        self.start = self.epoch_start = time.perf_counter()
-        self.live, self.label = sys.stdout.isatty(), ""
-
-    def add(self, images: int, label: str, loss: Tensor) -> None:
-        """Count `images` more; loss is read only where it is shown."""
-        self.done, self.label = self.done + images, label
-        if self.live and time.perf_counter() - self.shown > 0.5:
-            self.shown = time.perf_counter()
-            self._show(float(loss), end="")
-
-    def end_epoch(self, loss: float) -> float:
-        """Leave a line for the epoch; returns the seconds that it took."""
-        self._show(loss, end="\n")
-        now = time.perf_counter()
-        seconds, self.epoch_start = now - self.epoch_start, now
-        return seconds
-
-    def _show(self, loss, end):
-        rate = self.done / (time.perf_counter() - self.start)
-        left = round((self.total - self.done) / rate)
-        print("\r" * self.live + f"  {self.label}  loss {loss:7.2f}  {rate:7,.0f} images/s  "
-              f"{left // 60:3d}:{left % 60:02d} left", end=end, flush=True)
-
-
-# ---------------------------------------------------------------- from the command line to a run
-
-
-def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
-    """An argparse type: what `kind` reads and `test` lets pass; `words` say what is wanted."""
-    def parse_number(text):
-        try:
-            if test(value := kind(text)):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected {words}, not {text!r}")
-    return parse_number
-
-
-COUNT = bounded(int, lambda v: v >= 1, "a whole number, 1 or more")
-RATE = bounded(float, lambda v: 0 < v < math.inf, "a number above 0")
-WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
-SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")
-
-
-def parser_of() -> argparse.ArgumentParser:
-    """The command line; its help is the manual."""
-    parser = argparse.ArgumentParser(  # without a usage line, an error is one line
-        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--model", choices=MODELS, default="lavae", help="(default lavae)\n" + "\n".join(
-        f"{name}: {words.format(told='view')}" for name, words in MODELS.items()))
-    add("--baselines", action="store_true",
-        help="train the LAVAE, and the other models in folders inside its run folder")
-    add("--heatmap", action="store_true",
-        help="train on each of the paper's four pairs, and transfer each to all four, in folders\n"
-             "inside the run folder (default runs/heatmap); pairs that are finished are kept")
-    add("--all-targets", action="store_true",
-        help="with --heatmap: to the three further pairs of the authors' code, too")
-    add("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
-        help=f"augmentations to learn, in the order in which they compose\n"
-             f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}")
-    add("--transfer", nargs="+", choices=AUGMENTATIONS, action="append", metavar="B",
-        help="train a further decoder head that draws these, one for each of --augs;\n"
-             "may be repeated (default shear_x canny, where --augs are two)")
-    add("--no-transfer", action="store_true", help="leave stage 3 out")
-    add("--preset", choices=PRESETS, default="laptop", help="(default laptop)\n" + "\n".join(
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
-        for name, preset in PRESETS.items()))
-    add("--filters", type=COUNT, metavar="N", help="of the first convolution (appendix C)")
-    add("--latent-dim", type=COUNT, metavar="N", default=16, help="(default 16)")
-    add("--epochs", type=COUNT, metavar="N", help="of stage 1, over all views of all images")
-    add("--transfer-epochs", type=COUNT, metavar="N", help="of stage 3, the same for each head")
-    add("--batch-size", type=COUNT, metavar="N",
-        help="images a step, all views counted; stage 1 takes 2 * latent dim * views or more,\n"
-             "because fewer would have no misfit")
-    add("--lr", type=RATE, metavar="X", help="the learning rate's peak in stages 1 and 3")
-    add("--kl-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
-    add("--recon-weight", type=WEIGHT, metavar="X", default=1.0, help="in stage 1 (default 1)")
-    add("--map-weight", type=WEIGHT, metavar="X", default=100.0,
-        help="of the maps' misfit in stage 1 (default 100); 0 leaves Eq. 5 as the paper has it")
-    add("--involution-weight", type=WEIGHT, metavar="X", default=1.0,
-        help="of |I - L^k|^2 in stage 2 (default 1)")
-    add("--paper-involution", action="store_true",
-        help="k = 2 for all, as in the paper; without: 2 for flips, 4 for quarter turns; and a\n"
-             "hundredth of |I - L L^T|^2 for augmentations that never come back")
-    add("--condition", choices=["view", "digit", "both"],
-        help="what --model cvae is told (default view)")
-    add("--latent-map", choices=LATENT_MAPS, default="linear",
-        help="an MLP in the place of each L: an ablation (default linear)")
-    add("--joint", choices=["identity", "signs"],
-        help="an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. 6; the maps start\n"
-             "at I, or stay at diagonals of +-1")
-    add("--prior-loss", choices=["kl", "mmd"], default="kl", help="in stage 1 (default kl)")
-    add("--dataset", choices=DATASETS, default="mnist",
-        help="mnist lies in the repository, the others are downloaded (default mnist)")
-    add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="(default data/)")
-    add("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
-    add("--record", action="store_true", help="keep frames of stage 1 for evaluate.py's film")
-    add("--resume", action="store_true", help="go on where an interrupted run stopped")
-    add("--overwrite", action="store_true", help="start over in a run folder that is in use")
-    add("--out", type=Path, metavar="DIR",
-        help="the run folder (default runs/ and the names of --augs, joined by +;\n"
-             "a baseline's name before them)")
-    return parser
-
-
-def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The settings, from the preset and the options. Ends the program where they clash."""
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
-    settings = parser.parse_args(argv)
-    if settings.all_targets and not settings.heatmap:
-        parser.error("--all-targets goes with --heatmap only: add it, or leave it out")
-    if settings.heatmap and (settings.augs or settings.transfer or settings.no_transfer
-                             or settings.baselines):
-        parser.error("--heatmap names the augmentations and transfers itself, and trains no "
-                     "baselines: leave --augs, --transfer, --no-transfer and --baselines out")
-    settings.augs = settings.augs or PAIRS[0]
-    if settings.resume and settings.overwrite:
-        parser.error("--resume and --overwrite exclude each other: leave one out")
-    if settings.no_transfer and settings.transfer:
-        parser.error("--transfer and --no-transfer exclude each other: leave one out")
-    for option, given, models in (
-            ("--baselines", settings.baselines, ["lavae"]), ("--joint", settings.joint, ["lavae"]),
-            ("--heatmap", settings.heatmap, ["lavae"]),
-            ("--transfer", settings.transfer, ["lavae", "vae"]),
-            ("--record", settings.record, ["lavae"]),
-            ("--latent-map", settings.latent_map != "linear", ["lavae", "vae"]),
-            ("--condition", settings.condition, ["cvae"])):
-        if given and settings.model not in models:
-            parser.error(f"{option} does not go with --model {settings.model}, only with "
-                         f"{' and '.join(models)}: leave one out")
-    if settings.joint == "signs" and settings.latent_map != "linear":
-        parser.error("--joint signs is a start for linear maps: leave --latent-map out")
-    if settings.joint and not settings.map_weight:
-        parser.error("--joint needs a --map-weight above 0")
-    settings.condition = settings.condition or "view"
-    if settings.transfer is None:
-        default = (settings.model == "lavae" and len(settings.augs) == 2
-                   and not settings.no_transfer)
-        settings.transfer = [["shear_x", "canny"]] if default else []
-    for names in settings.transfer:
-        if len(names) != len(settings.augs):
-            parser.error(f"--transfer {' '.join(names)}: name {len(settings.augs)} augmentations, "
-                         f"one for each of --augs {' '.join(settings.augs)}")
-    for names in (settings.augs, settings.transfer, *settings.transfer):
-        if any(names.count(name) > 1 for name in names):
-            parser.error("--augs and --transfer: the same is named twice, name it once")
-    prefix = "" if settings.model == "lavae" else settings.model + "-"
-    name = "heatmap" if settings.heatmap else prefix + "+".join(settings.augs)
-    settings.out = settings.out or Path("runs") / name
-    return settings
-
-
-def runs_of(settings: argparse.Namespace) -> list[argparse.Namespace]:
-    """The settings of all runs that the command line asks for.
-
-    --baselines: the LAVAE, and the others in folders inside its own; --heatmap: a folder a pair.
+    A frame is the latents of 150 images under all views, and what ten of them decode to.
     """
-    def changed(name, **changes):
-        return argparse.Namespace(**vars(settings) | changes | {"out": settings.out / name})
 
-    if settings.heatmap:
-        targets = PAIRS + MORE_TARGETS * settings.all_targets
-        return [changed("+".join(pair), augs=pair, transfer=targets) for pair in PAIRS]
-    plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
-    others = [name for name in MODELS if name != "lavae"] * settings.baselines
-    return [settings, *(changed(name, model=name, **plain) for name in others)]
+    def __init__(self, model: LAVAE, images: Tensor, path: Path, every: int):
+        self.model, self.images, self.path, self.every = model, images[:, :150], path, every
+        self.taken = {"step": 0, "steps": [], "latents": [], "drawn": []}
 
+    @classmethod
+    def of(cls, settings: Settings, model: LAVAE, images: Tensor) -> "Film | None":
+        """The film of a run, where one is wanted."""
+        steps = images.shape[:2].numel() * settings.epochs // settings.batch_size
+        path = settings.out / "recording.pt"
+        return cls(model, images, path, max(1, steps // 32)) if settings.record else None
 
-def config_of(settings: argparse.Namespace) -> dict:
-    """What decides the result, as plain data."""
-    return {key: value for key, value in vars(settings).items() if key not in (
-        "out", "data_dir", "preset", "baselines", "heatmap", "all_targets", "no_transfer", "record",
-        "resume", "overwrite")}
+    def look(self) -> None:
+        """To be called before each step; takes a frame and writes it where one is due."""
+        step, taken = self.taken["step"], self.taken
+        taken["step"] += 1
+        if step % self.every:
+            return
+        z = torch.stack([self.model.encode(view) for view in self.images])
+        with torch.no_grad():
+            drawn = (self.model.decoder(z[:, :10].flatten(0, 1)).sigmoid() * 255).round().byte()
+        taken["steps"].append(step)
+        taken["latents"].append(z.cpu())
+        taken["drawn"].append(drawn.unflatten(0, (len(z), 10)).cpu())
+        lavae.write({"steps": taken["steps"], "latents": torch.stack(taken["latents"]),
+                     "drawn": torch.stack(taken["drawn"])}, self.path)
 
+    def state_dict(self) -> dict:
+        """All that it has, for the diary."""
+        return self.taken
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
-    parser = parser_of()
-    settings = settings_of(parser, argv)
-    runs, begun = runs_of(settings), False
-    usual, held = signal.signal(signal.SIGINT, interrupt), contextlib.ExitStack()
-    try:
-        device = lavae.pick_device(settings.device)
-        x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
-        for one in runs:
-            check_memory(one, len(x_train), device)
-            one.device = lavae.trusted(settings.device,
-                                       partial(first_step, one, x_train, y_train)).type
-        for one in runs:
-            held.enter_context(locked(one.out))
-        runs_to_do = [one for one in runs if has_work(one)]
-        for one in runs_to_do:
-            begin(one)
-        begun = True
-        for one in runs_to_do:
-            run(x_train, y_train, torch.device(one.device), one)
-    except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not lavae.is_out_of_memory(error):
-            raise
-        what, size, options = memory_of(runs[0], 60_000)[0]
-        parser.error(f"the memory is full, and the {what} take most of what this run needs, "
-                     f"{size / 1e9:.2g} GB: close other programs and go on with --resume, or lower "
-                     f"{options}")
-    except KeyboardInterrupt:
-        instead = " in the place of --overwrite" * settings.overwrite
-        parser.exit(130, f"\nstopped: the same command with --resume{instead} goes on\n" if begun
-                    else "\nstopped before anything was begun\n")
-    finally:
-        held.close()
-        signal.signal(signal.SIGINT, usual)
-        INTERRUPTED.clear()
-    print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{settings.out}")
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there: what came later is forgotten."""
+        self.taken = {key: value if key == "step" else [*value] for key, value in state.items()}
 
 
-def interrupt(*_) -> None:
-    """The first Ctrl-C ends training after the batch, the second at once."""
-    INTERRUPTED.append(True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a run folder and hold it against other runs; the system frees it when a process dies.
-
-    Raises OSError: it cannot be written. ValueError: another run holds it.
-    """
-    path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another --out"
-                      ) from error
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise OSError("its holder has just removed it")
-    except OSError as error:
-        file.close()
-        raise ValueError(f"another run is at work in {folder}: wait for it, or choose another --out"
-                         ) from error
-    try:
-        yield
-    finally:
-        if fcntl:  # while it is held, so that nobody has it in the meantime; Windows forbids that
-            path.unlink(missing_ok=True)
-        file.close()
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def has_work(settings: argparse.Namespace) -> bool:
-    """Whether there is work to do: not where --resume, --baselines or --heatmap finds the finished
-    run. Changes nothing. Raises OSError, ValueError: something there must not be lost.
-    """
-    out, config = settings.out, config_of(settings)
-    finished, begun = out / "model.pt", out / "state.pt"
-    if settings.overwrite:
-        return True
-    if begun.is_file():
-        pages = Diary(begun, config).pages
-        if settings.resume:
-            check_same(begun, pages.get("config"), config)
-        elif len(pages) > 1 or finished.is_file():
-            raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
-                                  "over with --overwrite, or choose another --out")
-    elif finished.is_file():
-        if not (settings.resume or settings.baselines or settings.heatmap):
-            raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
-                                  "choose another --out")
-        check_same(finished, lavae.load(finished).settings, config)
-        print(f"{out} is finished already, with the same settings: kept")
-        return False
-    return True
-
-
-def begin(settings: argparse.Namespace) -> None:
-    """Write into state.pt what was asked, first of all: from here on --resume knows its own run,
-    whatever model.pt is still there. Raises OSError."""
-    state = settings.out / "state.pt"
-    if not (settings.resume and state.is_file()):
-        lavae.write({"config": config_of(settings)}, state)
-        (settings.out / "recording.pt").unlink(missing_ok=True)
-
-
-def memory_of(settings: argparse.Namespace, n: int) -> list[tuple[str, float, str]]:
+def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
     """What a run on n images needs, the most first: (what, bytes, the options that lower it)."""
     views = 2 ** len(settings.augs)
     try:
@@ -699,20 +817,28 @@ def memory_of(settings: argparse.Namespace, n: int) -> list[tuple[str, float, st
         weights = sum(p.numel() for p in model.parameters())
     except (RuntimeError, TypeError, OverflowError):  # too many even to be counted
         return [("weights", math.inf, "--filters or --latent-dim")]
-    images = min(n, images_a_step(len(model.shown), settings, least_images(model, settings)))
+    images = min(n, step_of(model, settings))
     layers = 2 * (28 * 28 + settings.filters * (14 * 14 + 2 * 7 * 7) + settings.latent_dim)
     return sorted([
         # of all images as they are and in one tensor, once more for a transfer; and their latents
-        ("views of the images", n * views * (28 * 28 * (2 + 2 * bool(settings.transfer))
-                                             + 2 * 4 * settings.latent_dim), "the number of --augs"),
+        ("views of the images", n * views * (2 * 28 * 28 * (1 + bool(settings.transfer))
+                                             + 2 * 4 * settings.latent_dim),
+         "the number of --augs"),
         # each with a gradient, m, s and scratch; and three in state.pt before it is written
         ("weights", 4 * 8 * weights, "--filters or --latent-dim"),
         # what the layers give, and its gradient
-        ("images of a step", 2 * 4 * images * len(model.shown) * layers, "--batch-size or --filters"),
+        ("images of a step", 2 * 4 * images * len(model.shown) * layers,
+         "--batch-size or --filters"),
     ], key=lambda part: -part[1])
 
 
-def check_memory(settings: argparse.Namespace, n: int, device: torch.device) -> None:
+def step_of(model: LAVAE | CVAE, settings: Settings) -> int:
+    """How many images a step of stage 1 shows."""
+    return images_a_step(len(model.shown), settings.batch_size,
+                         model.least_images(weights_of(settings)))
+
+
+def check_memory(settings: Settings, n: int, device: torch.device) -> None:
     """Raises ValueError: a run on n images needs more than the device has left, or the machine."""
     parts = memory_of(settings, n)
     needed, (what, size, options) = sum(size for _, size, _ in parts), parts[0]
@@ -723,7 +849,7 @@ def check_memory(settings: argparse.Namespace, n: int, device: torch.device) -> 
                 f"left: the {what} take {size / 1e9:.3g} GB, lower {options}")
 
 
-def first_step(settings: argparse.Namespace, x_train: np.ndarray, y_train: np.ndarray,
+def first_step(settings: Settings, x_train: np.ndarray, y_train: np.ndarray,
                device: torch.device) -> list[Tensor]:
     """The terms of the loss and the gradients of a run's first step, as the device computes them.
 
@@ -731,97 +857,13 @@ def first_step(settings: argparse.Namespace, x_train: np.ndarray, y_train: np.nd
     """
     torch.manual_seed(settings.seed)
     model = build(settings).to(device)
-    n = images_a_step(len(model.shown), settings, least_images(model, settings))
-    views = np.stack(all_views(x_train[:n], settings.augs))[model.shown]
+    n = step_of(model, settings)
+    x = pixels(tensors(x_train[:n], settings.augs, device)[model.shown])
     labels = torch.from_numpy(y_train[:n]).long().to(device) if isinstance(model, CVAE) else None
-    terms = stage1_losses(model, pixels(torch.from_numpy(views).to(device)), settings,
-                          torch.Generator().manual_seed(settings.seed), labels)
+    terms = model.losses(x, torch.Generator().manual_seed(settings.seed), labels,
+                         weights_of(settings), settings.prior_loss)
     terms["loss"].backward()
     return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def check_same(path: Path, was: dict, now: dict) -> None:
-    """Raises ValueError: the settings differ, or are none."""
-    was = was if isinstance(was, dict) else {}
-    for key, value in now.items():
-        if key not in was or was[key] != value:
-            raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
-                             "same options, or --overwrite to start over")
-
-
-def build(settings: argparse.Namespace) -> LAVAE | CVAE:
-    """The untrained model."""
-    size = dict(latent_dim=settings.latent_dim, filters=settings.filters)
-    if settings.model.startswith("cvae"):
-        told = settings.condition if settings.model == "cvae" else "paired"
-        return CVAE(settings.augs, told, **size)
-    model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
-                  originals_only=settings.model == "vae", **size)
-    if settings.joint == "signs":  # every pattern of signs in as many directions
-        for i, latent_map in enumerate(model.maps):
-            signs = [-1.0 if j >> i & 1 else 1.0 for j in range(settings.latent_dim)]
-            latent_map.L.data.copy_(torch.diag(torch.tensor(signs)))
-    return model
-
-
-def run(x_train: np.ndarray, y_train: np.ndarray, device: torch.device,
-        settings: argparse.Namespace) -> None:
-    """The three stages, one after the other; writes model.pt and metrics.json.
-
-    x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
-    """
-    torch.manual_seed(settings.seed)
-    model = lavae.tune(build(settings).to(device))
-    config, diary = config_of(settings), Diary(settings.out / "state.pt", config_of(settings))
-    history, seconds = {}, {}
-
-    def timed(name, f, *arguments):
-        start = time.perf_counter()
-        history[name] = rows = f(*arguments)
-        noted = isinstance(rows[-1], dict) and "seconds" in rows[-1]  # before --resume, too
-        seconds[name] = round(sum(row["seconds"] for row in rows) if noted
-                              else time.perf_counter() - start, 2)
-        return rows
-
-    def tensors(augs):  # the views of the training images, uint8 (2^K, N, 28, 28)
-        return torch.from_numpy(np.stack(all_views(x_train, augs))).to(device)
-
-    images = tensors(settings.augs)
-    told = "view and the digit" if settings.condition == "both" else settings.condition
-    print(f"{MODELS[settings.model].format(told=told)}: {' and '.join(settings.augs)}, on {settings.dataset}; "
-          f"{settings.preset} preset, {device}, seed {settings.seed}\n"
-          f"stage 1: encoder and decoder learn to draw {len(model.shown)} of {len(images)} views "
-          f"of {len(x_train):,} images")
-    if isinstance(model, CVAE):
-        labels = torch.from_numpy(y_train).long().to(device)
-        timed("stage 1", stage1, model, images, settings, labels, diary)
-    else:
-        timed("stage 1", stage1, model, images, settings, None, diary)
-
-        print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
-        latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
-        linear = settings.latent_map == "linear" and not settings.joint
-        learn = stage2 if linear else partial(stage2_ablations, diary=diary)
-        for row in timed("stage 2", learn, model, latents, settings):
-            print("  " + ", ".join(f"{key} {format(value, '.2g') if type(value) is float else value}"
-                                   for key, value in row.items() if key != "settled"))
-            if not row.get("settled", True):
-                print(f"  the map of {row['map']} has not settled: its error would still fall")
-
-        with torch.no_grad():
-            z = torch.stack(views(latents[0], model.maps))
-        del history["encoding"]
-        for names in settings.transfer:
-            print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
-            timed("stage 3, " + "+".join(names), stage3, model, names, z, tensors(names), settings,
-                  diary)
-
-    metrics = {"config": config, "seconds": seconds, "history": history,
-               "images_per_second": history["stage 1"][-1]["images_per_second"]}
-    (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    lavae.save(model, settings.out / "model.pt", config)
-    diary.path.unlink(missing_ok=True)
-    print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
 
 if __name__ == "__main__":
