@@ -227,6 +227,8 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
 AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f for f in (
     flip_lr, flip_ud, rotate_cw, rotate_ccw, gaussian_blur, edge_detect, shear_x, canny, mini_image,
     tl_sap_noise, sap_noise)}
+PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
+         ["shear_x", "canny"]]  # of the paper's heat-map
 ORDERS = {"flip_lr": 2, "flip_ud": 2, "rotate_cw": 4, "rotate_ccw": 4}  # A^k x = x; others: never
 
 

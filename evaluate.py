@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, all_views, grid,
+from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, grid,
                      like_mnist, load_images, one_of_each, view_names, views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, order_error, pixels
 
@@ -41,16 +41,11 @@ LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE t
 PAPER_TABLE = {"flip_lr+flip_ud": {  # Table I; it gives the last row's total as 695.68
     "lavae": [68.34, 75.89, 71.30, 81.57], "cvae": [98.11, 260.18, 351.79, 279.82],
     "cvae-paired": [99.15, 99.16, 99.26, 299.12]}}
+PAIR_NAMES = ["+".join(pair) for pair in PAIRS]
 PAPER_TOTALS = {  # slides 13 and 21: trained on, transferred to (or trained on, the same)
-    "flip_lr+flip_ud": {"flip_lr+flip_ud": 297.10, "mini_image+edge_detect": 696.23,
-                        "rotate_cw+flip_lr": 447.01, "shear_x+canny": 564.09},
-    "mini_image+edge_detect": {"flip_lr+flip_ud": 499.22, "mini_image+edge_detect": 500.86,
-                               "rotate_cw+flip_lr": 607.79, "shear_x+canny": 336.65},
-    "rotate_cw+flip_lr": {"flip_lr+flip_ud": 440.25, "mini_image+edge_detect": 730.68,
-                          "rotate_cw+flip_lr": 329.20, "shear_x+canny": 491.55},
-    "shear_x+canny": {"flip_lr+flip_ud": 304.04, "mini_image+edge_detect": 781.76,
-                      "rotate_cw+flip_lr": 915.97, "shear_x+canny": 516.54},
-}
+    source: dict(zip(PAIR_NAMES, totals)) for source, totals in zip(PAIR_NAMES, (
+        (297.10, 696.23, 447.01, 564.09), (499.22, 500.86, 607.79, 336.65),
+        (440.25, 730.68, 329.20, 491.55), (304.04, 781.76, 915.97, 516.54)))}
 
 # ---------------------------------------------------------------- numbers
 
@@ -61,8 +56,23 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 
 
 @torch.no_grad()
+def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
+    """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image. And does a
+    picture belong to THIS image? The share of those that lie nearest (L2) to their own among all.
+    """
+    targets, total, hits = pixels(images).flatten(1), 0, 0
+    squares, places = targets.square().sum(1), torch.arange(len(z), device=z.device)
+    for own, z_b, x_b in zip(places.split(BLOCK), z.split(BLOCK), images.split(BLOCK)):
+        logits = decoder(z_b)
+        total += bce(logits, pixels(x_b)).item() * len(x_b)
+        distances = squares - 2 * logits.sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
+        hits += (distances.argmin(1) == own).sum().item()
+    return total / len(z), hits / len(z)
+
+
+@torch.no_grad()
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
-    """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image."""
+    """The first of `score` alone, which is most of it."""
     total = sum(bce(decoder(z_b), pixels(x_b)).item() * len(x_b)
                 for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)))
     return total / len(images)
@@ -84,18 +94,6 @@ def reverse(model: LAVAE, z: Tensor) -> Tensor:
     for latent_map in reversed(model.maps):
         z = latent_map(z)
     return z
-
-
-@torch.no_grad()
-def identity(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
-    """Does the picture belong to THIS digit? The share of the N pictures D(z) that lie nearest (L2)
-    to their own image among all N. z (N, latent_dim), images uint8 (N, 28, 28)."""
-    targets, hits = pixels(images).flatten(1), 0
-    squares = targets.square().sum(1)
-    for own, z_b in zip(torch.arange(len(z), device=z.device).split(BLOCK), z.split(BLOCK)):
-        distances = squares - 2 * decoder(z_b).sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
-        hits += (distances.argmin(1) == own).sum().item()
-    return hits / len(z)
 
 
 def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
@@ -182,11 +180,11 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -
 def measure_baseline(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
                      device: torch.device) -> dict:
     """A row of Table I and the identity preservation, from the codes of the originals."""
-    images, latents = tensors(x, model.augs, device), latents_of_views(model, x, y, device)
-    names = view_names(model.augs)
-    return with_total(each(names, model.decoder, latents, images)) | {
-        "identity": {name: identity(model.decoder, z, v)
-                     for name, z, v in zip(names, latents, images)}}
+    names, images = view_names(model.augs), tensors(x, model.augs, device)
+    scores = [score(model.decoder, z, v)
+              for z, v in zip(latents_of_views(model, x, y, device), images)]
+    return with_total(dict(zip(names, (nats for nats, _ in scores)))) | {
+        "identity": dict(zip(names, (identity for _, identity in scores)))}
 
 
 @torch.no_grad()
@@ -387,16 +385,20 @@ def save_heatmap(dataset: str, groups: Sequence[Sequence[Measured]]) -> None:
     print(f"  {save(heatmap(dataset, table), folder / 'heatmap')}")
 
 
+def cell_of(row: dict, source: str, target: str) -> list[float]:
+    """The totals in a cell of the heat-map: on the diagonal the first decoder's. Empty: none."""
+    return row.get("native" if source == target else target, [])
+
+
 def report_heatmap(dataset: str, table: dict) -> None:
     """Print the heat-map, and how many cells are below the paper's, where it has them."""
     targets = [*dict.fromkeys(key for row in table.values() for key in row)]
     print_table("trained on; transferred to", targets, [
         (source, [statistics.mean(row[key]) * (100 if key == "separability" else 1)
                   if key in row else None for key in targets]) for source, row in table.items()])
-    cells = [(statistics.mean(row[key]), paper)
-             for source, row in table.items()
+    cells = [(statistics.mean(totals), paper) for source, row in table.items()
              for target, paper in paper_totals(dataset, source).items()
-             if (key := "native" if source == target else target) in row]
+             if (totals := cell_of(row, source, target))]
     if cells:
         print(f"{sum(ours < paper for ours, paper in cells)} of {len(cells)} cells are below the "
               "paper's; on the diagonal the first decoder counts")
@@ -592,16 +594,17 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
            (23, 190, 207), (227, 119, 194), (127, 127, 127)]
 
 
-def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: int = 420,
-          scales: bool = False) -> Image.Image:
-    """Rows of panels (heading, series) under a title and a legend.
+Series = tuple[str, Sequence, str]  # label, points (N, 2), "dots" or "line"
 
-    A series is (label, points (N, 2), "dots" or "line"); labels have the same colour in all panels.
+
+def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], side: int = 420,
+          scales: bool = False) -> Image.Image:
+    """Rows of panels (heading, series) under a title and a legend: a label has one colour in all.
+
     scales: write the ends of both axes.
     """
-    small, label_font, title_font = (ImageFont.load_default(size) for size in (20, 24, 32))
-    labels = list(dict.fromkeys(
-        label for row in panels for _, series in row for label, *_ in series))
+    label_font, title_font = ImageFont.load_default(24), ImageFont.load_default(32)
+    labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     gap = 64 if scales else 24
     width = max(gap + (side + gap) * max(map(len, panels)),
@@ -622,27 +625,32 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence]]], side: in
         pen.text((x + 22, y), label, "black", label_font, "lm")
     for j, row in enumerate(panels):
         for i, (heading, series) in enumerate(row):
-            x0, y0 = gap + i * (side + gap), top + 36 + j * (side + 52 + gap // 2)
-            pen.text((x0 + side // 2, y0 - 10), heading, "black", label_font, "ms")
-            pen.rectangle((x0, y0, x0 + side, y0 + side), outline="silver")
-            every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
-            low, high = every.min(0), every.max(0)
-            span, dots = np.where(high > low, high - low, 1), []
-            for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
-                at = (np.asarray(points, float) - low) / span * (side - 24) + 12
-                radius = max(2, side // 140) if style == "dots" else 5
-                dots += [(x0 + x, y0 + side - y, radius, colours[label]) for x, y in at]
-                if style == "line":
-                    pen.line([dot[:2] for dot in dots[-len(at):]], colours[label], 4, "curve")
-            rng = np.random.default_rng(0)  # in any order, so that no series hides another
-            for x, y, r, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
-                pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-            if scales:
-                pen.text((x0, y0 + side + 4), f"{low[0]:.3g}", "black", small)
-                pen.text((x0 + side, y0 + side + 4), f"{high[0]:.3g}", "black", small, "ra")
-                pen.text((x0 - 4, y0 + side), f"{low[1]:.3g}", "black", small, "rb")
-                pen.text((x0 - 4, y0), f"{high[1]:.3g}", "black", small, "ra")
+            x, y = gap + i * (side + gap), top + 36 + j * (side + 52 + gap // 2)
+            pen.text((x + side // 2, y - 10), heading, "black", label_font, "ms")
+            panel(pen, x, y, side, series, colours, scales)
     return page
+
+
+def panel(pen: ImageDraw.ImageDraw, x0: int, y0: int, side: int, series: Sequence[Series],
+          colours: dict[str, tuple], scales: bool) -> None:
+    """A square with points and lines in it, as large as they can be; see `chart`."""
+    pen.rectangle((x0, y0, x0 + side, y0 + side), outline="silver")
+    every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
+    low, high = every.min(0), every.max(0)
+    span, dots = np.where(high > low, high - low, 1), []
+    for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
+        at = (np.asarray(points, float) - low) / span * (side - 24) + 12
+        radius = max(2, side // 140) if style == "dots" else 5
+        dots += [(x0 + x, y0 + side - y, radius, colours[label]) for x, y in at]
+        if style == "line":
+            pen.line([dot[:2] for dot in dots[-len(at):]], colours[label], 4, "curve")
+    rng = np.random.default_rng(0)  # in any order, so that no series hides another
+    for x, y, r, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    small = ImageFont.load_default(20)
+    for x, y, value, anchor in ((0, side + 4, low[0], "la"), (side, side + 4, high[0], "ra"),
+                                (-4, side, low[1], "rb"), (-4, 0, high[1], "ra")) * scales:
+        pen.text((x0 + x, y0 + y), f"{value:.3g}", "black", small, anchor)
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
@@ -722,10 +730,10 @@ def heatmap(dataset: str, table: dict) -> Image.Image:
                            label_font, "rm", align="right")
         for i, target in enumerate(columns):
             x, paper = left + wide * i, paper_totals(dataset, source).get(target)
-            key, notes = "native" if source == target else target, []
-            if key not in row:
+            notes, totals = [], cell_of(row, source, target)
+            if not totals:
                 continue
-            value = statistics.mean(row[key])
+            value = statistics.mean(totals)
             if source == target in row:
                 notes.append(f"new decoder {statistics.mean(row[target]):.0f}")
             if paper:
@@ -790,8 +798,8 @@ def fig5_recursion(s, rounds=7):
 
 
 def drift(path: np.ndarray, order: int | None) -> np.ndarray:
-    """How far n paths, (rounds + 1, n, d), are from their start when they should be back there, that
-    is after a multiple of `order` rounds; without an order how far they still go in the last."""
+    """How far n paths, (rounds + 1, n, d), are from their start when they should be back there,
+    after a multiple of `order` rounds; without an order how far they still go in the last."""
     rounds = len(path) - 1
     a, b = (0, rounds - rounds % order) if order else (rounds - 1, rounds)
     return np.linalg.norm(path[b] - path[a], axis=1)
@@ -1086,66 +1094,73 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--heatmap draws all figures: leave --only and --image out")
     if options.seed < 0:
         parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
+    run = None
     try:
-        runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
-        if options.heatmap:
-            folders = options.runs or [Path("runs/heatmap")]
-            runs = [folder / pair for folder in folders for pair in PAPER_TOTALS
-                    if (folder / pair / "model.pt").is_file()]
-            if not runs:
-                raise FileNotFoundError(f"there is no heat-map in {folders[0]}: train one with "
-                                        "`python train.py --heatmap`")
-        if not runs:
-            raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
-        device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
-        families = {run: load_family(run, device) for run in runs}
-        datasets = {run: next(iter(models.values())).settings["dataset"]
-                    for run, models in families.items()}
-        data = {name: load_images(name, options.data_dir) for name in set(datasets.values())}
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    measured, missing = [], []
-    for run, models in families.items():
-        x, y = data[datasets[run]][2:]
-        labels = np.array(sorted(set(options.digits or y.tolist())))
-        scene = Scene(run, models, datasets[run], data[datasets[run]],
-                      one_of_each(x, y)[labels], labels, device, options.seed)
-        try:
+        scenes, measured, missing = scenes_of(options), [], []
+        for scene in scenes:
+            run = scene.run
             if options.image:
                 own_images(scene, options.image)
             elif options.only:
                 missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
             else:
-                print(f"\n{run}: {' and '.join(scene.augs)}, {datasets[run]}, "
-                      f"{len(x):,} test images")
-                report(scene.dataset, scene.augs, scene.result)
-                (run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
-                print()
-                draw_figures(scene, [*FIGURES])  # those that this run can have
-                settings = next(iter(models.values())).settings
-                measured.append(Measured(run, settings, scene.result))
-        except (Lacking, ValueError) as error:
-            parser.error(f"{run}: {error}")
-        except BrokenPipeError:  # who reads the table has seen enough
-            return
-        except OSError as error:
-            parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy "
-                         "the run to where you may write")
-        except (MemoryError, RuntimeError) as error:
-            if not lavae.is_out_of_memory(error):
-                raise
-            parser.error(f"{run}: the memory is full: close other programs, or evaluate on another "
-                         "--device")
-    groups = repeats(measured)
-    for group in groups:
-        report_seeds(group)
-    try:
-        for dataset in dict.fromkeys(datasets.values()) if options.heatmap else ():
+                measured.append(evaluate_all(scene))
+        groups = repeats(measured)
+        for group in groups:
+            report_seeds(group)
+        for dataset in dict.fromkeys(scene.dataset for scene in scenes) if options.heatmap else ():
             save_heatmap(dataset, [g for g in groups if g[0].settings["dataset"] == dataset])
+    except BrokenPipeError:  # who reads the table has seen enough
+        return
+    except (Lacking, ValueError) as error:
+        parser.error(f"{run}: {error}" if run else str(error))
     except OSError as error:
-        parser.error(f"cannot write the heat-map ({error.strerror}): make room")
+        parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy the "
+                     "run to where you may write" if run else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not lavae.is_out_of_memory(error):
+            raise
+        parser.error(f"{run}: the memory is full: close other programs, or evaluate on another "
+                     "--device")
     if missing:
         parser.error("; ".join(missing))
+
+
+def scenes_of(options: argparse.Namespace) -> list[Scene]:
+    """The runs that the command line names, loaded. Raises OSError, ValueError: one is none."""
+    runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
+    if options.heatmap:
+        folders = options.runs or [Path("runs/heatmap")]
+        runs = [folder / pair for folder in folders for pair in PAPER_TOTALS
+                if (folder / pair / "model.pt").is_file()]
+        if not runs:
+            raise FileNotFoundError(f"there is no heat-map in {folders[0]}: train one with "
+                                    "`python train.py --heatmap`")
+    if not runs:
+        raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
+    device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
+    data, scenes = {}, []
+    for run in runs:
+        models = load_family(run, device)
+        dataset = next(iter(models.values())).settings["dataset"]
+        if dataset not in data:
+            data[dataset] = load_images(dataset, options.data_dir)
+        x, y = data[dataset][2:]
+        labels = np.array(sorted(set(options.digits or y.tolist())))
+        scenes.append(Scene(run, models, dataset, data[dataset], one_of_each(x, y)[labels], labels,
+                            device, options.seed))
+    return scenes
+
+
+def evaluate_all(scene: Scene) -> Measured:
+    """Print the tables of a run, and write evaluation.json and the figures that it can have."""
+    print(f"\n{scene.run}: {' and '.join(scene.augs)}, {scene.dataset}, "
+          f"{len(scene.data[2]):,} test images")
+    report(scene.dataset, scene.augs, scene.result)
+    (scene.run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
+    print()
+    draw_figures(scene, [*FIGURES])
+    return Measured(scene.run, next(iter(scene.models.values())).settings, scene.result)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ except ImportError:  # Windows
 
 import lavae
 from adabelief import AdaBelief
-from augment import AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, all_views, load_images, views
+from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
+                     views)
 from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels,
                    singles)
 
@@ -292,8 +293,6 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its codes of the views",
 }
-PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
-         ["shear_x", "canny"]]  # of the paper's heat-map
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
 
 
