@@ -180,9 +180,15 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -
 def measure_baseline(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
                      device: torch.device) -> dict:
     """A row of Table I and the identity preservation, from the codes of the originals."""
-    names, images = view_names(model.augs), tensors(x, model.augs, device)
-    scores = [score(model.decoder, z, v)
-              for z, v in zip(latents_of_views(model, x, y, device), images)]
+    told = model.arguments.get("condition", "view")  # where it is not what the paper's is told
+    return row_of(model, latents_of_views(model, x, y, device), tensors(x, model.augs, device)) | (
+        {"told": told} if told in ("digit", "both") else {})
+
+
+def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tensor]) -> dict:
+    """The same, from what makes the decoder draw each view."""
+    names = view_names(model.augs)
+    scores = [score(model.decoder, z, v) for z, v in zip(latents, images)]
     return with_total(dict(zip(names, (nats for nats, _ in scores)))) | {
         "identity": dict(zip(names, (identity for _, identity in scores)))}
 
@@ -203,12 +209,11 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 @torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
     """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
-    x_train, _, x, y = data
+    x_train, _, x, _ = data
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
-    z, row = encoded[0], measure_baseline(model, x, y, device)
-    functions = [AUGMENTATIONS[aug] for aug in model.augs]
-    mapped = views(z, model.maps)
+    z, mapped = encoded[0], views(encoded[0], model.maps)
+    row, functions = row_of(model, mapped, images), [AUGMENTATIONS[aug] for aug in model.augs]
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = told_apart(known, mapped)
     any_to_any = {"orig": {name: row[name] for name in names}}
@@ -269,6 +274,12 @@ def paper_totals(dataset: str, source: str) -> dict[str, float]:
     return PAPER_TOTALS.get(source, {}) if dataset == "mnist" else {}
 
 
+def label_of(name: str, row: dict) -> str:
+    """What a model's row is called."""
+    told = {"digit": ", told the digit", "both": ", told view and digit"}
+    return LABELS[name] + told.get(row.get("told"), "")
+
+
 def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     """Print the tables of a run, the paper's numbers beneath where it has them."""
     source, names = "+".join(augs), view_names(augs)
@@ -276,8 +287,8 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     totals = paper_totals(dataset, source)
     rows = []
     for name, row in models_of(result).items():
-        rows.append((LABELS[name], [row[c] for c in columns]))
-        if name in paper:
+        rows.append((label_of(name, row), [row[c] for c in columns]))
+        if name in paper and "told" not in row:
             rows.append(("  paper", with_total(dict(enumerate(paper[name]))).values()))
         elif name == "lavae" and source in totals:
             rows.append(("  paper", [None] * len(names) + [totals[source]]))
@@ -285,7 +296,7 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     if "cvae-paired" in paper and "cvae-paired" in models_of(result):
         print("(the paper gives 695.68 as the total of its last row, which adds up to 596.69)")
     print_table("identity preserved, %", names, [
-        (LABELS[name], [100 * v for v in row["identity"].values()])
+        (label_of(name, row), [100 * v for v in row["identity"].values()])
         for name, row in models_of(result).items()])
     if "lavae" not in result:
         return
@@ -894,7 +905,8 @@ def table1(s):
     if len(rows) < 2:
         raise Lacking("needs baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
-        (LABELS[name], row["total"], sum(paper[name]) if name in paper else None)
+        (label_of(name, row), row["total"],
+         sum(paper[name]) if name in paper and "told" not in row else None)
         for name, row in rows.items()])
 
 
@@ -1047,8 +1059,8 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
 
 
 def own_images(scene: Scene, paths: Sequence[Path]) -> None:
-    """Pictures of one's own, a row each: as MNIST would have it, under every view, and what the maps
-    draw in its place. Raises ValueError: one cannot be read."""
+    """Pictures of one's own, a row each: as MNIST would have it, its views, and what the maps draw
+    from it in their place. Raises ValueError: one cannot be read."""
     x = np.stack([like_mnist(path) for path in paths])
     columns = [(text, pictures) for name, L, view, drawn in zip(
         scene.names, scene.products, all_views(x, scene.augs), scene.through_maps(scene.encode(x)))

@@ -239,8 +239,9 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
 
     Each eigenvalue is raised to t, a complex one turning its plane by t times its angle. A negative
-    one has no real power of its own: two of them share a plane, which turns by pi t. An odd one out
-    shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and no real matrix's square would be.
+    one has no real power of its own: they go two by two, as `eig` lists them, and the plane of two
+    turns by pi t. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and no
+    real matrix's square would be.
     """
     values, vectors = torch.linalg.eig(L.cpu().double())
     size, angle = values.abs() ** t, values.angle()

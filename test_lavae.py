@@ -1059,6 +1059,11 @@ def test_a_cvae_that_is_told_the_digit_says_so(small_data, tmp_path, monkeypatch
     for condition, words in (("digit", "told the digit, "), ("both", "told the view and the digit"), ("view", "told the view, ")):
         train.main([*SMALL, "--epochs", "1", "--model", "cvae", "--condition", condition, "--out", str(tmp_path / condition)])
         assert words in capsys.readouterr().out
+        with monkeypatch.context() as m:
+            m.setattr(evaluate, "FIGURES", {})
+            evaluate.main([str(tmp_path / condition), "--device", "cpu"])
+        text = capsys.readouterr().out  # the paper's is told the view
+        assert ("  paper" in text) == (condition == "view") == ("CVAE, naive, told" not in text)
     rows = {}
     monkeypatch.setattr(evaluate, "grid", lambda title, columns, rows_: rows.setdefault(len(rows_), rows_) and Image.new("L", (9, 9)))
     for condition in ("digit", "view"):
