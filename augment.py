@@ -300,8 +300,11 @@ def like_mnist(path: str | Path) -> np.ndarray:
     falls on it, less ruled lines and specks; thin strokes become as thick as MNIST's. Of several
     figures the largest is taken, and a line is printed that says so.
 
-    Raises ValueError: no picture, an empty or a huge one.
+    Raises ValueError: no picture, a huge one, or one in which there is no ink, or too little page
+    around it to tell.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -319,14 +322,15 @@ def like_mnist(path: str | Path) -> np.ndarray:
     ink, noise = _ink(np.asarray(Image.fromarray(grey.astype(np.float32)).resize(
         size, Image.Resampling.BOX), np.float64) if shrink > 1 else grey)
     figure, others = _largest_figure(ink, noise)
-    if figure is None:
-        raise ValueError(f"{path} is empty: all of it has nearly one value")
+    darkest = np.quantile(ink[figure], 0.98) if figure.any() else 0
+    floor = min(1, max(0.2, 3 * noise / max(darkest, 1e-9)))  # paper is not quite even
+    ink = (ink - floor * darkest).clip(0, (1 - floor) * darkest) * _grown(figure, 2)
+    if ink.max() <= 0:
+        raise ValueError(f"{path} is empty, or its digit cannot be told from the page: leave more "
+                         "paper around it")
     if others:
         print(f"{path} shows {others + 1} figures: the largest is taken")
-    darkest = np.quantile(ink[figure], 0.98)
-    floor = max(0.2, 3 * noise / darkest)  # paper is not quite even
-    ink = ((ink / darkest).clip(max=1) - floor).clip(0) / (1 - floor) * _grown(figure, 2)
-    return _boxed(np.rint(255 * ink).astype(np.uint8))
+    return _boxed(np.rint(255 * ink / ink.max()).astype(np.uint8))
 
 
 def _ink(grey):
@@ -338,11 +342,14 @@ def _ink(grey):
     terms = np.stack([x ** 0, x, y, x * x, x * y, y * y], 2)
     step = math.ceil(max(grey.shape) / 100)
     points, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].ravel()
-    page = np.ones(len(values), bool)
-    for _ in range(20):
-        weights = np.linalg.lstsq(points[page], values[page], rcond=None)[0]
-        off = np.abs(values - points @ weights)
-        page = off <= max(2, 4 * np.median(off))
+    fits = []
+    for off in (np.zeros(len(values)), np.abs(values - np.median(values))):  # from all; from a page
+        for _ in range(20):  # of one grey, which is better where there is little page
+            page = off <= max(2, 4 * np.median(off))
+            weights = np.linalg.lstsq(points[page], values[page], rcond=None)[0]
+            off = np.abs(values - points @ weights)
+        fits.append((np.median(off), weights))
+    weights = min(fits, key=lambda fit: fit[0])[1]
     light = (terms @ weights).clip(16)
     ink = light - grey
     if (ink.clip(0) ** 2).sum() < (ink.clip(max=0) ** 2).sum():
@@ -373,13 +380,13 @@ def _lines(ink):
 def _largest_figure(ink, noise):
     """Where the figure with the most ink is, and how many others there are of a third of it.
 
-    Parts that nearly touch are one figure. None: there is no ink.
+    Parts that nearly touch are one figure. It is nowhere if there is no ink.
     """
     soft = Image.fromarray(np.rint(ink).clip(max=255).astype(np.uint8))
     soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(max(ink.shape) / 400)))
     inked = soft > max(8, 4 * noise, 0.3 * soft.max())
     if not inked.any():
-        return None, 0
+        return inked, 0
     inked = soft > 0.4 * np.median(soft[inked])
     parts = _parts(inked)
     mass = np.bincount(parts.ravel(), soft.ravel())

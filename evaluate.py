@@ -1006,7 +1006,9 @@ def training_curves(s):
         panels = [(stage, [(key, [(row["epoch"], row[key]) for row in rows], "line")
                            for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        if not panels:
+            raise ValueError("no epochs")
+    except (AttributeError, OSError, ValueError, LookupError, TypeError) as error:
         raise Lacking("needs the metrics.json that train.py wrote") from error
     return chart("Training, nats an image", [panels], scales=True)
 
@@ -1124,6 +1126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_heatmap(dataset, [g for g in groups if g[0].settings["dataset"] == dataset])
     except BrokenPipeError:  # who reads the table has seen enough
         return
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped\n")
     except (Lacking, ValueError) as error:
         parser.error(f"{run}: {error}" if run else str(error))
     except OSError as error:
@@ -1150,11 +1154,17 @@ def scenes_of(options: argparse.Namespace) -> list[Scene]:
                                     "`python train.py --heatmap`")
     if not runs:
         raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
+    runs = [run.parent if run.is_file() else run for run in runs]
     device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
     data, scenes = {}, []
     for run in runs:
         models = load_family(run, device)
         dataset = next(iter(models.values())).settings["dataset"]
+        if options.heatmap and not ("lavae" in models and run.name == "+".join(
+                models["lavae"].augs) and all(s.dataset == dataset for s in scenes
+                                              if s.run.parent == run.parent)):
+            raise ValueError(f"{run} is no part of the heat-map there: it should be a LAVAE of the "
+                             "augmentations that name its folder, on the data set of the others")
         if dataset not in data:
             data[dataset] = load_images(dataset, options.data_dir)
         x, y = data[dataset][2:]
@@ -1200,8 +1210,10 @@ def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
             raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
                              f"augmentations {' '.join(map(str, augs))}): make one with train.py")
         if found:
+            own = ["involution_weight", "paper_involution"] if name.startswith("cvae") else []
             others = differing(next(iter(found.values())).settings, model.settings, "model",
-                               "transfer", "latent_map", "joint", "device")
+                               "transfer", "latent_map", "joint", "condition", "map_weight",
+                               "device", *own)
             if others or name in found or name == "lavae":
                 print(f"{path} is no baseline of {run}, and left out: " + (
                     f"it differs in {', '.join(others)}" if others else f"it is another {name}"))

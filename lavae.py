@@ -306,7 +306,7 @@ def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
     could fall by making all latents short, too, but the KL keeps them as long as the prior's.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
-    with torch.no_grad():  # at its minimum the error does not change with L: no gradient is lost
+    with torch.no_grad():  # at the best L the error's slope in L is 0: z's gradient is right as is
         G = z.T @ z
         G.diagonal().add_(1e-3 * G.diagonal().mean())  # z may have latents that carry nothing yet
         L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
@@ -383,8 +383,8 @@ def learn_jointly(model: LAVAE, start: str, orders: Sequence[int | None],
     model.joint, model.misfit = start, partial(maps_loss, model.maps, orders, involution_weight)
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
-            signs = [-1.0 if j >> i & 1 else 1.0 for j in range(model.latent_dim)]
-            latent_map.L.data.copy_(torch.diag(torch.tensor(signs)))
+            signs = 1.0 - 2.0 * (torch.arange(model.latent_dim) >> i & 1)
+            latent_map.L.data.copy_(torch.diag(signs))
 
 
 def maps_loss(maps: Sequence[nn.Module], orders: Sequence[int | None], involution_weight: float,

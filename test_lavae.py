@@ -844,6 +844,13 @@ def test_settings_in_a_notebook(small_data, tmp_path):
                          (dict(seed=-1), "2\\^62"), (dict(preset="huge"), "laptop")):
         with pytest.raises(ValueError, match=words):
             train.Settings(**wrong)
+    odd = train.Settings(seed=np.int64(3), lr=np.float64(0.01), epochs="2", augs=("flip_ud", "flip_lr"), transfer=[("canny", "shear_x")])
+    assert (odd.seed, odd.lr, odd.epochs, odd.augs, odd.transfer) == (3, 0.01, 2, ["flip_ud", "flip_lr"], [["canny", "shear_x"]])
+    assert type(odd.seed) is int and type(odd.lr) is float and train.Settings().augs is not train.PAIRS[0]
+    for wrong in (dict(augs="flip_lr"), dict(transfer=["shear_x", "canny"]), dict(seed=0.5), dict(latent_dim=16.0), dict(epochs=[3]),
+                  dict(resume="no"), dict(preset=["quick"]), dict(out=3), dict(data_dir=None), dict(augs=[["flip_lr"]])):
+        with pytest.raises(ValueError, match="expected"):
+            train.Settings(**wrong)
     with pytest.raises(FileExistsError, match="finished"):
         train.run(train.Settings(epochs=1, filters=2, transfer=[], device="cpu", out=tmp_path / "run"))
 
@@ -993,6 +1000,9 @@ def test_only_what_belongs_is_tabled(small_data, tmp_path, monkeypatch, capsys):
     for words in ("vae is no baseline of", "differs in seed", "differs in dataset", "z-cvae is no baseline", "another cvae"):
         assert words in text, words
     assert [*result["baselines"]] == ["cvae"]
+    train.main([*tiny, "--map-weight", "3", "--condition", "digit", "--model", "cvae", "--overwrite", "--out", str(out / "cvae")])
+    evaluate.main([str(out), "--device", "cpu"])  # what a CVAE has no use for may differ, and what it is told
+    assert json.loads((out / "evaluation.json").read_text())["baselines"]["cvae"]["told"] == "digit"
     evaluate.main([str(out / "other"), "--device", "cpu"])  # the LAVAE within has its own numbers
     assert result["lavae"]["total"] != json.loads((out / "other" / "evaluation.json").read_text())["lavae"]["total"]
 
@@ -1025,6 +1035,8 @@ def test_a_heat_map_for_each_data_set(small_data, tmp_path, monkeypatch, capsys)
         own = json.loads((tmp_path / dataset / "flip_lr+flip_ud" / "evaluation.json").read_text())
         assert table["flip_lr+flip_ud"]["native"] == [own["lavae"]["total"]]
         assert (tmp_path / dataset / "heatmap.png").is_file()
+    shutil.copytree(tmp_path / "kmnist" / "flip_lr+flip_ud", tmp_path / "mnist" / "shear_x+canny")
+    refused(evaluate.main, ["--heatmap", tmp_path / "mnist", "--device", "cpu"], capsys, "shear_x+canny", "no part of the heat-map")
 
 
 def test_where_no_view_is_confused_no_number_is_printed(run, data, monkeypatch, capsys):
@@ -1364,6 +1376,28 @@ def test_the_largest_figure_of_a_photo_is_taken(tmp_path, capsys):
     assert np.corrcoef(alone.ravel(), together.ravel())[0, 1] > 0.9
 
 
+def test_a_digit_that_nearly_fills_its_picture(digits, tmp_path):
+    """It is read while there is some paper around it; without any, it is refused in true words."""
+    for margin, least in ((3, 40), (0, 15)):
+        read = 0
+        for digit in digits[:40]:
+            rows, columns = (np.flatnonzero(digit.max(axis)) for axis in (1, 0))
+            page = 255 - np.pad(digit[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], margin)
+            Image.fromarray(page).resize((page.shape[1] * 8, page.shape[0] * 8)).save(tmp_path / "x.png")
+            try:
+                read += augment.like_mnist(tmp_path / "x.png").max() == 255
+            except ValueError as error:
+                assert "leave more paper" in str(error)
+        assert read >= least, (margin, read)
+    noise = np.random.default_rng(0)
+    for _ in range(60):  # nothing that is in a picture ends otherwise
+        shape, kind = noise.integers(1, 40, 2), noise.integers(3)
+        page = noise.integers(0, 256, shape, np.uint8) if kind else np.full(shape, noise.integers(256), np.uint8)
+        Image.fromarray(page if kind < 2 else 255 * (page > 250).astype(np.uint8)).save(tmp_path / "x.png")
+        with contextlib.suppress(ValueError):
+            assert augment.like_mnist(tmp_path / "x.png").shape == (28, 28)
+
+
 def test_several_pictures_are_rows_of_one_page(run, tmp_path, capsys):
     shutil.copytree(run[0], tmp_path / "run")
     names = [tmp_path / f"{name}.png" for name in ("one", "a_name_of_thirty_characters_or_so")]
@@ -1386,7 +1420,7 @@ def test_pictures_that_are_none(run, tmp_path, capsys, monkeypatch):
     shutil.copytree(run[0], tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     words = [tmp_path / "run", "--device", "cpu", "--image", tmp_path / "x.png"]
-    refused(evaluate.main, words, capsys, "x.png", "no picture")
+    refused(evaluate.main, words, capsys, "x.png", "there is no")
     (tmp_path / "x.png").write_bytes(b"GIF89a?")
     refused(evaluate.main, words, capsys, "x.png", "no picture")
     Image.new("RGB", (40, 40), "navy").save(tmp_path / "x.png")
@@ -1569,6 +1603,8 @@ def test_what_a_run_needs_is_what_it_takes(data):
     assert taken == pytest.approx(needs["views of the images"], rel=0.2)
     assert needs["weights"] == 32 * sum(p.numel() for p in train.build(settings).parameters())
     assert all(size < 100e6 for _, size, _ in train.memory_of(settings_of(), 2000))
+    what, size, _ = train.memory_of(settings_of("--prior-loss", "mmd", "--batch-size", "8192"), 60000)[0]
+    assert what == "images of a step" and size > 8 * 4 * 8192 ** 2 * 16  # mmd compares each with each
 
 
 @pytest.mark.parametrize("error", [
@@ -1876,6 +1912,32 @@ def test_a_heat_map_that_was_to_be_overwritten_is_resumed(small_data, tmp_path, 
     for path in (tmp_path / "whole").rglob("model.pt"):
         a, b = (lavae.load(p).state_dict() for p in (path, tmp_path / "run" / path.relative_to(tmp_path / "whole")))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_film_is_resumed_with_a_film(small_data, tmp_path, monkeypatch, capsys):
+    for first, then in (("", "--record"), ("--record", "")):
+        words = [*SMALL, "--no-transfer", "--out", str(tmp_path / f"run{first}")]
+        with monkeypatch.context() as m, pytest.raises(SystemExit):
+            stop_at(m, 20)
+            train.main([*words, *first.split()])
+        capsys.readouterr()
+        refused(train.main, [*words, *then.split(), "--resume"], capsys, "made with record", "same options")
+        train.main([*words, *first.split(), "--resume"])
+
+
+def test_ctrl_c_in_stage_2_and_in_evaluation(small_data, tmp_path, monkeypatch, capsys):
+    words, stage2 = [*SMALL, "--no-transfer", "--out", str(tmp_path)], train.stage2
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as end:
+        m.setattr(train, "stage2", lambda *more: signal.raise_signal(signal.SIGINT) or stage2(*more))
+        train.main(words)
+    assert end.value.code == 130 and "--resume" in capsys.readouterr().err
+    train.main([*words, "--resume"])
+    monkeypatch.setattr(evaluate, "report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path), "--device", "cpu"])
+    assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr(train, "settle", lambda loss_of, L: (L.detach() * math.nan, True))
+    refused(train.main, [*words, "--overwrite"], capsys, "stage 2", "no number", "--involution-weight")
 
 
 def test_ctrl_c_before_anything_is_begun_says_so(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
     stage 1   encoder, decoder   min  BCE(v, D(z)) + KL(q(z|v) || N(0, I)) over all views v   Eq. 5
                                       (and a pinch of stage 2's error, so that there are maps)
-    stage 2   L_1 .. L_K         min  |E(x) L_i - E(A_i x)|^2 + |I - L_i^k|^2, A_i^k x = x     Eq. 6
+    stage 2   L_1 .. L_K         min  mean (E(x) L_i - E(A_i x))^2 + |I - L_i^k|^2            Eq. 6
     stage 3   a new head D_B     min  BCE(view_B(x), D_B(view_L(E(x))))                        Eq. 7
 
     python train.py                                        # flips, then shear_x and canny: minutes
@@ -59,11 +59,13 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
     (N,), for a CVAE that is told the digits. What is minimised says `model.losses`, which takes
-    weights and prior; `fit` takes the schedule. A baseline is shown fewer views, and then more of
-    each. Returns the history: a dict an epoch with the mean loss and its terms, nats an image.
+    weights and prior: bce(D(z), v) + kl(mu, logvar) + 100 misfit. `fit` takes the schedule. A model
+    may be shown fewer views, and then more of each. Returns the history: a dict an epoch with the
+    mean loss and its terms, nats an image.
     """
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
-    seen, images = images.shape[:2].numel(), images[model.shown]  # seen in an epoch, by every model
+    seen = images.shape[:2].numel()  # in an epoch, by every model
+    images = images[model.shown]
     moving = {"noise": noise} | ({"film": film} if film else {})
 
     def loss_of(index):
@@ -106,6 +108,9 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None]
             loss_of(L).backward()
             optimizer.step()
         L, settled = settle(loss_of, L)
+        if not L.isfinite().all():
+            raise FloatingPointError(f"stage 2: the map of {aug} is no number: try a lower "
+                                     "--involution-weight")
         map_i.L.data.copy_(L.float())
         history.append({"map": aug, "least_squares": start.item(),
                         "error": map_error(L, *statistics).item(),
@@ -323,9 +328,25 @@ def option(default, accepts, words: str, **more) -> object:
     return field(default=default, metadata=dict(accepts=accepts, help=words, **more))
 
 
-def flat(value) -> list:
-    """The single values in a setting: lists within lists, or one."""
-    return [one for part in value for one in flat(part)] if isinstance(value, list) else [value]
+def read(name: str, accepts, value, depth: int = 0):
+    """A setting as its option would read it: a list `depth` deep, or one value. Raises ValueError."""
+    if depth:
+        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+            raise ValueError(f"{name}: expected a list, not {value!r}")
+        return [read(name, accepts, one, depth - 1) for one in value]
+    try:
+        if accepts is bool and isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        if accepts is Path and isinstance(value, (str, Path)):
+            return Path(value)
+        if accepts not in (bool, Path) and callable(accepts):
+            return accepts(str(value))
+        if not callable(accepts) and isinstance(value, str) and value in accepts:
+            return str(value)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+    choices = getattr(accepts, "__name__", None) or f"one of {', '.join(accepts)}"
+    raise ValueError(f"{name}: expected {choices}, not {value!r}")
 
 
 @dataclass
@@ -399,11 +420,16 @@ class Settings:
     one_of_several: bool = field(default=False, metadata=dict(forgets=True))  # no option
 
     def __post_init__(self):
+        for f in fields(self):
+            value, accepts = getattr(self, f.name), f.metadata.get("accepts")
+            if accepts is not None and not (value is None and f.default is None):
+                depth = ("many" in f.metadata) + ("action" in f.metadata)
+                setattr(self, f.name, read("--" + f.name.replace("_", "-"), accepts, value, depth))
         for words in self._clashes():
             raise ValueError(words)
         for key, value in PRESETS[self.preset].items():
             setattr(self, key, value if getattr(self, key) is None else getattr(self, key))
-        self.augs = self.augs or PAIRS[0]
+        self.augs = self.augs or [*PAIRS[0]]
         if self.transfer is None:
             default = self.model == "lavae" and len(self.augs) == 2 and not self.no_transfer
             self.transfer = [["shear_x", "canny"]] if default else []
@@ -427,18 +453,9 @@ class Settings:
 
     def _clashes(self):  # what is wrong with the settings as they were given
         for f in fields(self):
-            value, accepts = getattr(self, f.name), f.metadata.get("accepts")
-            option_name = "--" + f.name.replace("_", "-")
-            if value == f.default or accepts is None:
+            value, option_name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            if value == f.default:
                 continue
-            try:
-                for one in flat(value):
-                    if callable(accepts):
-                        accepts(str(one))
-                    elif one not in accepts:
-                        yield f"{option_name}: choose from {', '.join(accepts)}, not {one!r}"
-            except argparse.ArgumentTypeError as error:
-                yield f"{option_name}: {error}"
             models = f.metadata.get("models", [self.model])
             if value and self.model not in models:
                 yield (f"{option_name} does not go with --model {self.model}, only with "
@@ -498,7 +515,7 @@ def runs_of(settings: Settings) -> list[Settings]:
         return [changed("+".join(pair), augs=pair, transfer=targets) for pair in PAIRS]
     plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
     others = [name for name in MODELS if name != "lavae"] * settings.baselines
-    return [settings, *(changed(name, model=name, **plain) for name in others)]
+    return [replace(settings), *(changed(name, model=name, **plain) for name in others)]
 
 
 def config_of(settings: Settings) -> dict:
@@ -548,6 +565,8 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     def timed(name, f, *arguments, **more):
         start = time.perf_counter()
         history[name] = rows = f(*arguments, **more)
+        if INTERRUPTED:
+            raise KeyboardInterrupt
         noted = isinstance(rows[-1], dict) and "seconds" in rows[-1]  # before --resume, too
         seconds[name] = round(sum(row["seconds"] for row in rows) if noted
                               else time.perf_counter() - start, 2)
@@ -580,8 +599,10 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     metrics = {"config": config, "seconds": seconds, "history": history,
                "images_per_second": history["stage 1"][-1]["images_per_second"]}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (settings.out / "evaluation.json").unlink(missing_ok=True)  # of the model that was here
     lavae.save(model, settings.out / "model.pt", config)
-    diary.path.unlink(missing_ok=True)
+    for path in (diary.path, Path(f"{diary.path}.part")):
+        path.unlink(missing_ok=True)
     print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
 
@@ -642,7 +663,7 @@ INTERRUPTED = []  # filled by the first Ctrl-C
 
 
 def interrupt(*_) -> None:
-    """The first Ctrl-C ends training after the batch, the second at once."""
+    """The first Ctrl-C ends training after the batch (or stage 2), the second at once."""
     INTERRUPTED.append(True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -692,7 +713,9 @@ def has_work(settings: Settings) -> bool:
     if begun.is_file():
         pages = Diary(begun, config).pages
         if settings.resume:
-            check_same(begun, pages.get("config"), config)
+            was = pages.get("config")
+            check_same(begun, was, config | {key: settings.record for key in {"record"} & {*was}}
+                       if isinstance(was, dict) else config)
         elif len(pages) > 1 or finished.is_file():
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
                                   "over with --overwrite, or choose another --out")
@@ -711,7 +734,7 @@ def begin(settings: Settings) -> None:
     whatever model.pt is still there. Raises OSError."""
     state = settings.out / "state.pt"
     if not (settings.resume and state.is_file()):
-        lavae.write({"config": config_of(settings)}, state)
+        lavae.write({"config": config_of(settings) | {"record": settings.record}}, state)
         (settings.out / "recording.pt").unlink(missing_ok=True)
 
 
@@ -779,7 +802,7 @@ class Film:
     @classmethod
     def of(cls, settings: Settings, model: LAVAE, images: Tensor) -> "Film | None":
         """The film of a run, where one is wanted."""
-        steps = images.shape[:2].numel() * settings.epochs // settings.batch_size
+        steps = images.shape[1] * settings.epochs // step_of(model, settings)
         path = settings.out / "recording.pt"
         return cls(model, images, path, max(1, steps // 32)) if settings.record else None
 
@@ -826,8 +849,9 @@ def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
         # each with a gradient, m, s and scratch; and three in state.pt before it is written
         ("weights", 4 * 8 * weights, "--filters or --latent-dim"),
         # what the layers give, and its gradient
-        ("images of a step", 2 * 4 * images * len(model.shown) * layers,
-         "--batch-size or --filters"),
+        ("images of a step", 2 * 4 * images * len(model.shown) * layers
+         + 8 * 4 * (images * len(model.shown)) ** 2 * settings.latent_dim
+         * (settings.prior_loss == "mmd"), "--batch-size or --filters"),  # mmd compares all pairs
     ], key=lambda part: -part[1])
 
 
