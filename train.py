@@ -329,7 +329,7 @@ def option(default, accepts, words: str, **more) -> object:
 
 
 def read(name: str, accepts, value, depth: int = 0):
-    """A setting as its option would read it: a list `depth` deep, or one value. Raises ValueError."""
+    """A setting as its option would read it: one value, or a list `depth` deep. Or ValueError."""
     if depth:
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
             raise ValueError(f"{name}: expected a list, not {value!r}")
@@ -573,8 +573,8 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
         return rows
 
     images = tensors(x_train, settings.augs, device)
-    print(f"{settings.described()}\nstage 1: encoder and decoder learn to draw {len(model.shown)} of "
-          f"{len(images)} views of {len(x_train):,} images")
+    print(f"{settings.described()}\nstage 1: encoder and decoder learn to draw {len(model.shown)} "
+          f"of {len(images)} views of {len(x_train):,} images")
     labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
     timed("stage 1", stage1, model, images, labels, weights_of(settings), settings.prior_loss,
           epochs=settings.epochs, film=Film.of(settings, model, images), **schedule)
@@ -601,8 +601,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (settings.out / "evaluation.json").unlink(missing_ok=True)  # of the model that was here
     lavae.save(model, settings.out / "model.pt", config)
-    for path in (diary.path, Path(f"{diary.path}.part")):
-        path.unlink(missing_ok=True)
+    diary.close()
     print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
 
 
@@ -713,9 +712,9 @@ def has_work(settings: Settings) -> bool:
     if begun.is_file():
         pages = Diary(begun, config).pages
         if settings.resume:
-            was = pages.get("config")
-            check_same(begun, was, config | {key: settings.record for key in {"record"} & {*was}}
-                       if isinstance(was, dict) else config)
+            was = pages.get("config")  # an older one does not say whether a film was wanted
+            check_same(begun, {"record": settings.record, **was} if isinstance(was, dict) else was,
+                       asked_of(settings))
         elif len(pages) > 1 or finished.is_file():
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
                                   "over with --overwrite, or choose another --out")
@@ -729,12 +728,17 @@ def has_work(settings: Settings) -> bool:
     return True
 
 
+def asked_of(settings: Settings) -> dict:
+    """What --resume must ask again: all that decides the result, and the film."""
+    return config_of(settings) | {"record": settings.record}
+
+
 def begin(settings: Settings) -> None:
     """Write into state.pt what was asked, first of all: from here on --resume knows its own run,
     whatever model.pt is still there. Raises OSError."""
     state = settings.out / "state.pt"
     if not (settings.resume and state.is_file()):
-        lavae.write({"config": config_of(settings) | {"record": settings.record}}, state)
+        lavae.write({"config": asked_of(settings)}, state)
         (settings.out / "recording.pt").unlink(missing_ok=True)
 
 
@@ -778,6 +782,11 @@ class Diary:
             raise ValueError(f"{self.path} is damaged: start over with --overwrite") from error
         print(f"  {len(history)} epochs are there already")
         return history
+
+    def close(self) -> None:
+        """The run is finished: nothing is needed any more, nor what a kill left half-written."""
+        for path in (self.path, Path(f"{self.path}.part")):
+            path.unlink(missing_ok=True)
 
     def note(self, name: str, parameters: list[Tensor], moving: dict, history: list[dict]) -> None:
         """Write everything down. Raises OSError."""
