@@ -15,6 +15,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -454,6 +455,41 @@ def _grey(picture):  # floats from 0 to 255; what is transparent is black or whi
 # ---------------------------------------------------------------- pictures
 
 
+def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
+    """Words as a picture; lines are centred. size: in pixels, about a line's height."""
+    font, lines = ImageFont.load_default(size), words.split("\n")
+    page = Image.new("RGB", (8 + math.ceil(max(map(font.getlength, lines))),
+                             size * 5 // 4 * len(lines)), paper)
+    ImageDraw.Draw(page).multiline_text((page.width / 2, page.height / 2), words, colour, font,
+                                        "mm", align="center")
+    return page
+
+
+def table(rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4,
+          paper="white") -> Image.Image:
+    """Pictures in rows and columns that line up; None leaves a place empty, an empty row a gap.
+
+    align: where a picture stands in its column, l, c or r; the last letter is for all further ones.
+    """
+    widths = [max((p.width for p in column if p), default=0) for column in zip_longest(*rows)]
+    heights = [max((p.height for p in row if p), default=14) for row in rows]
+    page = Image.new("RGB", [sum(sides) + gap * max(0, len(sides) - 1)
+                             for sides in (widths, heights)], paper)
+    for j, row in enumerate(rows):
+        for i, picture in enumerate(row):
+            if picture:
+                room = (widths[i] - picture.width) * "lcr".index(align[i:i + 1] or align[-1]) // 2
+                page.paste(picture, (sum(widths[:i]) + gap * i + room, sum(heights[:j]) + gap * j
+                                     + (heights[j] - picture.height) // 2))
+    return page
+
+
+def titled(title: str, *pictures: Image.Image) -> Image.Image:
+    """A page: pictures one above the other, under a title."""
+    rows = [[text(title, 32)], *([picture] for picture in pictures)]
+    return ImageOps.expand(table(rows, "l", gap=10), 23, "white")
+
+
 def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarray] | None],
          cell: int = 84) -> Image.Image:
     """Images in labelled rows and columns under a title, black on white.
@@ -461,32 +497,13 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
     rows: (label, images) with one image for each column, uint8 (len(columns), H, W); None leaves a
     gap. cell: the side of an image, in pixels.
     """
-    gap, margin = 6, 24
-    label_font, title_font = ImageFont.load_default(24), ImageFont.load_default(32)
-    labels = [row[0] for row in rows if row]
-    left = margin + max(math.ceil(label_font.getlength(label)) for label in labels) + 16
-    pitch = gap + max(cell, *(math.ceil(label_font.getlength(column)) for column in columns))
-    width = left + len(columns) * pitch - gap + margin
-    width = max(width, 2 * margin + math.ceil(title_font.getlength(title)))
-    top = margin + 48 + (36 if any(columns) else 0)
-    height = top + sum(cell + gap if row else 3 * gap for row in rows) - gap + margin
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((margin, margin), title, "black", title_font)
-    for i, column in enumerate(columns):
-        x = left + i * pitch + (pitch - gap) // 2
-        draw.text((x, top - 10), column, "black", label_font, "ms")
-    y = top
-    for row in rows:
-        if row:
-            draw.text((left - 16, y + cell // 2), row[0], "black", label_font, "rm")
-            for i, image in enumerate(row[1]):
-                tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
-                x = left + i * pitch + (pitch - gap - cell) // 2
-                draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="silver")
-                page.paste(tile, (x, y))
-        y += cell + gap if row else 3 * gap
-    return page
+    def tile(image):
+        image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+        return ImageOps.expand(image, 1, "silver")
+
+    heads = [[None, *map(text, columns)]] if any(columns) else []
+    return titled(title, table(heads + [[text(row[0]), *map(tile, row[1])] if row else []
+                                        for row in rows]))
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -19,22 +19,23 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, grid,
-                     like_mnist, load_images, one_of_each, view_names, views)
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, bce, matrix_power, order_error, pixels
+                     like_mnist, load_images, one_of_each, table, text, titled, view_names,
+                     views)
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
@@ -56,26 +57,36 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 
 
 @torch.no_grad()
-def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
-    """Mean BCE of uint8 images (N, 28, 28) given latents (N, latent_dim), nats an image. And does a
-    picture belong to THIS image? The share of those that lie nearest (L2) to their own among all.
-    """
-    targets, total, hits = pixels(images).flatten(1), 0, 0
-    squares, places = targets.square().sum(1), torch.arange(len(z), device=z.device)
+def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Block by block of uint8 images (N, 28, 28) and latents (N, latent_dim): the images' places,
+    the logits drawn from the latents, and the BCE of each image, nats."""
+    places = torch.arange(len(z), device=z.device)
     for own, z_b, x_b in zip(places.split(BLOCK), z.split(BLOCK), images.split(BLOCK)):
         logits = decoder(z_b)
-        total += bce(logits, pixels(x_b)).item() * len(x_b)
+        yield own, logits, nn.functional.binary_cross_entropy_with_logits(
+            logits, pixels(x_b), reduction="none").flatten(1).sum(1)
+
+
+def nats_of_each(decoder: nn.Module, z: Tensor, images: Tensor) -> Tensor:
+    """The BCE of each image, float64 (N,), on the CPU."""
+    return torch.cat([bces for _, _, bces in decoded(decoder, z, images)]).cpu().double()
+
+
+def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
+    """Mean BCE of images given latents, nats an image."""
+    return nats_of_each(decoder, z, images).mean().item()
+
+
+def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
+    """The same, and does a picture belong to THIS image? The share of those that lie nearest (L2)
+    to their own among all."""
+    targets, parts, hits = pixels(images).flatten(1), [], 0
+    squares = targets.square().sum(1)
+    for own, logits, bces in decoded(decoder, z, images):
+        parts.append(bces)
         distances = squares - 2 * logits.sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
         hits += (distances.argmin(1) == own).sum().item()
-    return total / len(z), hits / len(z)
-
-
-@torch.no_grad()
-def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
-    """The first of `score` alone, which is most of it."""
-    total = sum(bce(decoder(z_b), pixels(x_b)).item() * len(x_b)
-                for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)))
-    return total / len(images)
+    return torch.cat(parts).cpu().double().mean().item(), hits / len(z)
 
 
 def each(names: Sequence[str], decoder: nn.Module, latents: Sequence[Tensor],
@@ -136,17 +147,15 @@ def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
 def group(model: LAVAE) -> dict:
     """The structure of the maps: do they come back, do they commute, what do they keep?
 
-    Frobenius norms; eigenvalues as [real, imaginary]. "order" is |I - L^k|, for A with an order k;
-    "products" |I - (L_i L_j)^2|: 0 for two flips, and for a flip and a turn. "directions" counts
-    joint eigenspaces, for involutions that commute.
+    Frobenius norms; eigenvalues as [real, imaginary]. "products" is |I - (L_i L_j)^2|: 0 for two
+    flips, and for a flip and a turn. "directions" counts joint eigenspaces, for involutions that
+    commute.
     """
     maps = {aug: f.L.cpu().double() for aug, f in zip(model.augs, model.maps)}
     pairs = [(f"{a}, {b}", maps[a], maps[b]) for a, b in combinations(maps, 2)]
     commutator = {pair: torch.linalg.norm(L @ M - M @ L).item() for pair, L, M in pairs}
     squares = [order_error(L, 2).sqrt().item() for L in maps.values()]
     return {
-        "order": {aug: order_error(L, ORDERS[aug]).sqrt().item()
-                  for aug, L in maps.items() if aug in ORDERS},
         "products": {pair: order_error(L @ M, 2).sqrt().item() for pair, L, M in pairs
                      if all(aug in ORDERS for aug in pair.split(", "))},
         "commutator": commutator,
@@ -215,7 +224,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     z, mapped = encoded[0], views(encoded[0], model.maps)
     row, functions = row_of(model, mapped, images), [AUGMENTATIONS[aug] for aug in model.augs]
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
-    apart = told_apart(known, mapped)
+    apart = torch.stack(told_apart(known, mapped)).cpu()
     any_to_any = {"orig": {name: row[name] for name in names}}
     for v, (name, z_v) in list(enumerate(zip(names, encoded)))[1:]:
         latents = views(model.from_view(z_v, v), model.maps)
@@ -226,7 +235,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
         "order_error": {aug: f.order_error(ORDERS[aug], z).item()
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
-        "any_to_any": any_to_any, "separability": torch.cat(apart).cpu().double().mean().item(),
+        "any_to_any": any_to_any, "separability": apart.double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
         "elements": {name: row[name] if name in names else nats(
             model.decoder, powers(z, model.maps, exponents),
@@ -235,11 +244,10 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     transfer = {}
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         images = tensors(x, augs, device)
-        transfer[key] = with_total(each(view_names(augs), head, mapped, images))
-        for word, yes in (("told_apart", True), ("confused", False)):
-            kind = [torch.cat([part[known == yes] for part, known in zip(parts, apart)])
-                    for parts in (mapped, images)]
-            transfer[key][word] = nats(head, *kind) if len(kind[0]) else None
+        bces = torch.stack([nats_of_each(head, z_v, x_v) for z_v, x_v in zip(mapped, images)])
+        transfer[key] = with_total(dict(zip(view_names(augs), bces.mean(1).tolist())))
+        for word, kind in (("told_apart", apart), ("confused", ~apart)):
+            transfer[key][word] = bces[kind].mean().item() if kind.any() else None
     return {"lavae": row, "transfer": transfer}
 
 
@@ -307,9 +315,9 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
         ("direct, D(E(view))", with_total(row["direct"]).values()),
         ("reverse composition", [None] * (len(names) - 1) + [row["reverse"], None])])
     print(f"the views' latents, z L, are told apart with {row['separability']:.1%} accuracy")
+    for name, square in row["order_error"].items():
+        print(f"|I - L^{ORDERS[name]}|^2 of {name}: {square:.1e}")
     if row["group"]:
-        for name, norm in row["group"]["order"].items():
-            print(f"|I - L^{ORDERS[name]}| of {name}: {norm:.1e}")
         for name, norm in row["group"]["commutator"].items():
             print(f"|L1 L2 - L2 L1| of {name}: {norm:.1e}")
         for name, norm in row["group"]["products"].items():
@@ -605,164 +613,116 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
            (23, 190, 207), (227, 119, 194), (127, 127, 127)]
 
 
-Series = tuple[str, Sequence, str]  # label, points (N, 2), "dots" or "line"
+Series = tuple[str, Sequence, str]  # label, points (N, 2), one of: dots, rings, line, path
 
 
 def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], side: int = 420,
-          scales: bool = False) -> Image.Image:
+          scales: bool = False, reach: float | None = None) -> Image.Image:
     """Rows of panels (heading, series) under a title and a legend: a label has one colour in all.
 
-    scales: write the ends of both axes.
+    scales: write the ends of both axes; reach: axes from -reach to reach, not from end to end.
     """
-    label_font, title_font = ImageFont.load_default(24), ImageFont.load_default(32)
     labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    gap = 64 if scales else 24
-    width = max(gap + (side + gap) * max(map(len, panels)),
-                48 + math.ceil(title_font.getlength(title)))
-    x, top, places = 24, 89, []
-    for label in labels:
-        wide = 52 + math.ceil(label_font.getlength(label))
-        if x + wide > width and x > 24:
-            x, top = 24, top + 32
-        places.append((x, top))
-        x += wide
-    top += 35
-    page = Image.new("RGB", (width, top + (side + 52 + gap // 2) * len(panels)), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((24, 24), title, "black", title_font)
-    for label, (x, y) in zip(labels, places):
-        pen.ellipse((x, y - 7, x + 14, y + 7), fill=colours[label])
-        pen.text((x + 22, y), label, "black", label_font, "lm")
-    for j, row in enumerate(panels):
-        for i, (heading, series) in enumerate(row):
-            x, y = gap + i * (side + gap), top + 36 + j * (side + 52 + gap // 2)
-            pen.text((x + side // 2, y - 10), heading, "black", label_font, "ms")
-            panel(pen, x, y, side, series, colours, scales)
-    return page
+    colours = dict(zip(labels, cycle(COLOURS)))
+    entries = [table([[box((14, 14), colour), text(label)]]) for label, colour in colours.items()]
+    room = max(1, (side + 24) * max(map(len, panels)) // max(entry.width + 16 for entry in entries))
+    legend = table([entries[i:i + room] for i in range(0, len(entries), room)], "l", gap=16)
+    return titled(title, legend, table([[table([
+        [text(heading)], [panel(side, series, colours, scales, reach)]], "c")
+        for heading, series in row] for row in panels], "c", gap=24))
 
 
-def panel(pen: ImageDraw.ImageDraw, x0: int, y0: int, side: int, series: Sequence[Series],
-          colours: dict[str, tuple], scales: bool) -> None:
+def panel(side: int, series: Sequence[Series], colours: dict[str, tuple], scales: bool,
+          reach: float | None) -> Image.Image:
     """A square with points and lines in it, as large as they can be; see `chart`."""
-    pen.rectangle((x0, y0, x0 + side, y0 + side), outline="silver")
+    page = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(page)
     every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
-    low, high = every.min(0), every.max(0)
+    low, high = (every.min(0), every.max(0)) if reach is None else np.outer([-reach, reach], [1, 1])
     span, dots = np.where(high > low, high - low, 1), []
     for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
-        at = (np.asarray(points, float) - low) / span * (side - 24) + 12
-        radius = max(2, side // 140) if style == "dots" else 5
-        dots += [(x0 + x, y0 + side - y, radius, colours[label]) for x, y in at]
-        if style == "line":
-            pen.line([dot[:2] for dot in dots[-len(at):]], colours[label], 4, "curve")
+        at = ((np.asarray(points, float) - low) / span * [1, -1] + [0, 1]) * (side - 24) + 12
+        if style in ("line", "path"):
+            pen.line([*map(tuple, at)], colours[label], 4, "curve")
+        radius = {"dots": max(2, side // 140), "rings": 9, "path": 5, "line": 0}[style]
+        dots += [(x, y, radius, style == "rings", colours[label]) for x, y in at if radius]
     rng = np.random.default_rng(0)  # in any order, so that no series hides another
-    for x, y, r, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    small = ImageFont.load_default(20)
-    for x, y, value, anchor in ((0, side + 4, low[0], "la"), (side, side + 4, high[0], "ra"),
-                                (-4, side, low[1], "rb"), (-4, 0, high[1], "ra")) * scales:
-        pen.text((x0 + x, y0 + y), f"{value:.3g}", "black", small, anchor)
+    for x, y, r, hollow, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
+        pen.ellipse((x - r, y - r, x + r, y + r), None if hollow else colour, colour, 4)
+    page = ImageOps.expand(page, 1, "silver")
+    if not scales:
+        return page
+    ends = [text(f"{value:.3g}", 20) for value in (*low, *high)]
+    left = table([[ends[3]], [Image.new("RGB", (1, page.height - 2 * ends[0].height), "white")],
+                  [ends[1]]], "r", gap=0)
+    room = Image.new("RGB", (max(1, page.width - ends[0].width - ends[2].width), 1), "white")
+    return table([[left, page], [None, table([[ends[0], room, ends[2]]], "l", gap=0)]])
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pages as one."""
-    page = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
-    page.paste(left, (0, 0))
-    page.paste(right, (left.width, 0))
+def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> Image.Image:
+    """A coloured box, with lines of (words, font size) in its middle."""
+    page = Image.new("RGB", size, paper)
+    words = table([[text(*line, ink, paper)] for line in lines], "c", 2, paper)
+    page.paste(words, ((page.width - words.width) // 2, (page.height - words.height) // 2))
     return page
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Image.Image:
     """Horizontal bars of (label, value, the paper's value or None), in nats an image."""
-    small, label_font, title_font = (ImageFont.load_default(size) for size in (22, 28, 36))
-    left, right, height, margin = 380, 1300, 96, 32
-    scale = (right - left) / max(v for _, *values in bars for v in values if v is not None)
-    page = Image.new("RGB", (1480, 130 + height * len(bars) + 20), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((margin, margin), title, "black", title_font)
-    for i, (label, value, paper) in enumerate(bars):
-        y = 130 + i * height
-        pen.text((left - 20, y + 28), label, "black", label_font, "rm")
-        pen.rectangle((left, y, left + value * scale, y + 56), fill=(70, 110, 180))
-        pen.text((left + 12, y + 28), f"{value:.0f}", "white", label_font, "lm")
-        if paper is not None:
-            x = left + paper * scale
-            pen.line((x, y - 10, x, y + 66), (200, 60, 40), 5)
-            pen.text((x + 10, y + 68), f"paper {paper:.0f}", (200, 60, 40), small, "lm")
-    return page
+    scale, rows = 1000 / max(v for _, *values in bars for v in values if v is not None), []
+    for label, value, paper in bars:
+        rows += [[text(label, 28), box((round(value * scale), 56), COLOURS[0], (f"{value:.0f}", 28),
+                                       ink="white")]]
+        rows += [[None, box((round(paper * scale), 36), (200, 60, 40), (f"paper {paper:.0f}", 22),
+                            ink="white")]] if paper is not None else []
+        rows += [[]]
+    return titled(title, table(rows[:-1], "rl"))
 
 
 def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Image.Image:
     """The eigenvalues of each map, [real, imaginary], around the unit circle, one panel a map."""
-    label_font, title_font, side = ImageFont.load_default(28), ImageFont.load_default(36), 560
-    page = Image.new("RGB", (40 + (side + 40) * len(eigenvalues), side + 200), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((40, 32), "Eigenvalues of the maps", "black", title_font)
-    reach = 1.25 * max(1, *(abs(complex(*v)) for values in eigenvalues.values() for v in values))
-    for i, (name, values) in enumerate(eigenvalues.items()):
-        x0, y0, unit = 40 + i * (side + 40) + side // 2, 150 + side // 2, side / 2 / reach
-        pen.text((x0, 120), name, "black", label_font, "ms")
-        pen.line((x0 - side // 2, y0, x0 + side // 2, y0), "silver", 2)
-        pen.line((x0, y0 - side // 2, x0, y0 + side // 2), "silver", 2)
-        pen.ellipse((x0 - unit, y0 - unit, x0 + unit, y0 + unit), outline="gray", width=2)
-        for real, imaginary in values:
-            x, y = x0 + real * unit, y0 - imaginary * unit
-            pen.ellipse((x - 9, y - 9, x + 9, y + 9), outline=(70, 110, 180), width=4)
-        for at, name, anchor in ((1, "+1", "rb"), (-1, "-1", "lb"), (1j, "+i", "lt"),
-                                 (-1j, "-i", "lb")):
-            near = sum(abs(complex(*v) - at) < 0.1 for v in values)
-            if near > 1:
-                inside = at * (unit - 24)
-                pen.text((x0 + inside.real + 12 * (at.real == 0), y0 - inside.imag
-                          - 12 * (at.imag == 0)), f"{near} at {name}", (70, 110, 180),
-                         label_font, anchor)
-    return page
+    turn, panels = np.linspace(0, 2 * math.pi, 200), []
+    for name, values in eigenvalues.items():
+        near = {word: sum(abs(complex(*v) - at) < 0.1 for v in values)
+                for word, at in (("+1", 1), ("-1", -1), ("+i", 1j), ("-i", -1j))}
+        heading = ", ".join(f"{n} at {word}" for word, n in near.items() if n)
+        panels.append((f"{name}: {heading or 'none at a root'}", [
+            ("unit circle", np.stack([np.cos(turn), np.sin(turn)], 1), "line"),
+            ("eigenvalue", values, "rings")]))
+    reach = max(1, *(abs(complex(*v)) for values in eigenvalues.values() for v in values))
+    return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
 
 
-def heatmap(dataset: str, table: dict) -> Image.Image:
+def heatmap(dataset: str, table_of: dict) -> Image.Image:
     """`heatmap_of` as a picture: rows are sources, columns targets, the paper's totals beneath."""
-    big, label_font, title_font = (ImageFont.load_default(size) for size in (44, 26, 36))
-    columns = [*dict.fromkeys([*PAPER_TOTALS, *(
-        key for row in table.values() for key in row if key not in ("native", "separability"))])]
-    columns = [c for c in columns if any(c in row for row in table.values())]
-    left, top, wide, high = 230, 190, 250, 150
-    page = Image.new("RGB", (left + wide * len(columns) + 230, top + high * len(table) + 80),
-                     "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((32, 28), "Trained on a pair (rows), drawn as another (columns): nats, all four views",
-             "black", title_font)
-    heads = [*(c.replace("+", "\n") for c in columns), "views\ntold apart"]
-    for i, head in enumerate(heads):
-        pen.multiline_text((left + wide * i + (wide if i < len(columns) else 200) // 2, top - 16),
-                           head, "black", label_font, "md", align="center")
-    for j, (source, row) in enumerate(table.items()):
-        y = top + high * j
-        pen.multiline_text((left - 20, y + high // 2), source.replace("+", "\n"), "black",
-                           label_font, "rm", align="right")
-        for i, target in enumerate(columns):
-            x, paper = left + wide * i, paper_totals(dataset, source).get(target)
-            notes, totals = [], cell_of(row, source, target)
-            if not totals:
-                continue
-            value = statistics.mean(totals)
-            if source == target in row:
-                notes.append(f"new decoder {statistics.mean(row[target]):.0f}")
-            if paper:
-                notes.append(f"paper {paper:.0f}")
-            share = 0 if not paper else max(-1, min(1, 2 * math.log(value / paper)))
-            fade = round(255 - 130 * abs(share))  # blue where it is lower than the paper's
-            colour = (255, fade, fade) if share > 0 else (fade, fade, 255)
-            pen.rectangle((x + 3, y + 3, x + wide - 3, y + high - 3), colour, "silver")
-            pen.text((x + wide // 2, y + 46), f"{value:.0f}", "black", big, "mm")
-            for k, note in enumerate(notes):
-                pen.text((x + wide // 2, y + 122 - 32 * (len(notes) - 1 - k)), note, "black",
-                         label_font, "mm")
-        pen.text((left + wide * len(columns) + 100, y + high // 2),
-                 f"{statistics.mean(row['separability']):.1%}", "black", big, "mm")
+    columns = [*dict.fromkeys([*PAPER_TOTALS, *(key for row in table_of.values() for key in row)])]
+    columns = [c for c in columns if any(c in row for row in table_of.values())
+               and c not in ("native", "separability")]
+    rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "views+told apart"])]]
+    for source, row in table_of.items():
+        cells = [heatmap_cell(cell_of(row, source, c), row.get(c) if source == c else None,
+                              paper_totals(dataset, source).get(c)) for c in columns]
+        rows.append([text(source.replace("+", "\n"), 26), *cells,
+                     text(f"{statistics.mean(row['separability']):.1%}", 44)])
     colours = "blue: below the paper's, red: above; " if dataset == "mnist" else f"{dataset}; "
-    pen.text((32, page.height - 40), colours + "on the diagonal the decoder of stage 1, and "
-             "beneath it a new one", "black", label_font, "lm")
-    return page
+    return titled("Trained on a pair (rows), drawn as another (columns): nats, all four views",
+                  table(rows), text(f"{colours}on the diagonal the decoder of stage 1, and beneath "
+                                    "it a new one", 26))
+
+
+def heatmap_cell(totals: Sequence[float], renewed: Sequence[float] | None,
+                 paper: float | None) -> Image.Image | None:
+    """A cell of the heat-map: the mean total, a new decoder's and the paper's; blue where it is
+    lower than the paper's."""
+    if not totals:
+        return None
+    value = statistics.mean(totals)
+    share = 0 if not paper else max(-1, min(1, 2 * math.log(value / paper)))
+    fade = round(255 - 130 * abs(share))
+    notes = [f"new decoder {statistics.mean(renewed):.0f}"] if renewed else []
+    notes += [f"paper {paper:.0f}"] if paper else []
+    return box((250, 150), (255, fade, fade) if share > 0 else (fade, fade, 255),
+               (f"{value:.0f}", 44), *((note, 26) for note in notes))
 
 
 # ---------------------------------------------------------------- the paper's figures
@@ -802,10 +762,11 @@ def fig5_recursion(s, rounds=7):
     plane = fast_ica(np.concatenate([*latents, path[:, stable], path[:, unstable]]))
     parts = np.split(plane, np.cumsum([400] * len(latents) + [rounds + 1]))
     series = [(name, part, "dots") for name, part in zip(s.names, parts)]
-    series += [(f"{word}: {s.columns[i]}", part, "line") for word, i, part in zip(
+    series += [(f"{word}: {s.columns[i]}", part, "path") for word, i, part in zip(
         ("stable", "unstable"), (stable, unstable), parts[len(latents):])]
-    return beside(grid(f"x <- D(E(x) L1), again and again: {s.augs[0]}", s.columns, rows, cell=72),
-                  chart("Test latents and two paths, ICA", [[("", series)]], side=500))
+    return table([[
+        grid(f"x <- D(E(x) L1), again and again: {s.augs[0]}", s.columns, rows, cell=72),
+        chart("Test latents and two paths, ICA", [[("", series)]], side=500)]])
 
 
 def drift(path: np.ndarray, order: int | None) -> np.ndarray:
@@ -1003,7 +964,7 @@ def latent_plane(s, n=15):
 def training_curves(s):
     try:
         history = json.loads((s.run / "metrics.json").read_text())["history"]
-        panels = [(stage, [(key, [(row["epoch"], row[key]) for row in rows], "line")
+        panels = [(stage, [(key, [(row["epoch"], row[key]) for row in rows], "path")
                            for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
         if not panels:
@@ -1023,10 +984,10 @@ def training_moving(s):
         plane = pca(latents.flatten(0, 2).numpy()).reshape(len(latents), n, -1, 2)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise Lacking("needs a run with --record") from error
-    return [beside(
+    return [table([[
         grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())],
              440 // n - 6),
-        chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360))
+        chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360)]])
         for step, pictures, points in zip(steps, drawn, plane)]
 
 
