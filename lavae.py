@@ -135,6 +135,7 @@ class LAVAE(nn.Module):
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
         self.latent_dim, self.joint = latent_dim, None  # see `learn_jointly`
+        self.orders: list[int | None] = [None] * len(self.augs)  # for stage 1, see `turn_misfit`
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
@@ -161,8 +162,8 @@ class LAVAE(nn.Module):
         return weighted(terms, weights)
 
     def misfit(self, z: Tensor, *augmented: Tensor) -> Tensor:
-        """How far a batch is from having maps, see the function `misfit`."""
-        return misfit(z, *augmented)
+        """How far a batch is from having maps that keep lengths and come back, `turn_misfit`."""
+        return turn_misfit(z, *augmented, orders=self.orders)
 
     def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
         """Whether stage 1 asks for maps: not where it sees one view alone."""
@@ -238,23 +239,26 @@ class LAVAE(nn.Module):
 def matrix_power(L: Tensor, t: float) -> Tensor:
     """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
 
-    Each eigenvalue is raised to t, a complex one turning its plane by t times its angle. A negative
-    one has no real power of its own: they go two by two, as `eig` lists them, and the plane of two
-    turns by pi t. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and no
-    real matrix's square would be.
+    A plane that L turns by an angle is turned by t times the angle; directions that L reverses have
+    no real power of their own, and turn by pi t two by two, in an orthonormal basis, so that they
+    keep their length. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and
+    no real matrix's square would be.
     """
-    values, vectors = torch.linalg.eig(L.cpu().double())
-    size, angle = values.abs() ** t, values.angle()
-    negative = [i for i, v in enumerate(values) if v.imag == 0 and v.real < 0]
-    angle[negative] = 0
-    powers = torch.diag(size * torch.exp(1j * t * angle))
-    for i, j in zip(negative[::2], negative[1::2]):
+    M = L.cpu().double()
+    values, vectors = torch.linalg.eig(M)
+    back = torch.linalg.inv(vectors)
+    reverses = values.angle().abs() > 0.75 * math.pi
+    power = (vectors * torch.where(reverses, 0, values ** t) @ back).real
+    if n := int(reverses.sum()):
+        P = (vectors * reverses @ back).real  # projects to the n reversed directions
+        U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
+        values, vectors = torch.linalg.eig(-U.T @ M @ U)
         c, s = math.cos(math.pi * t), math.sin(math.pi * t)
-        powers[i, i], powers[i, j] = c * size[i], -s * size[j]
-        powers[j, i], powers[j, j] = s * size[i], c * size[j]
-    if len(negative) % 2:
-        powers[negative[-1], negative[-1]] = (1 - 2 * t) * size[negative[-1]]
-    return (vectors @ powers @ torch.linalg.inv(vectors)).real.to(L.dtype).to(L.device)
+        turns = [torch.tensor([[c, -s], [s, c]])] * (n // 2)
+        turns += [torch.tensor([[1 - 2 * t]])] * (n % 2)
+        rest = (vectors * values ** t @ torch.linalg.inv(vectors)).real
+        power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
+    return power.to(L.dtype).to(L.device)
 
 
 BLOCK = 250  # images at a time: few enough for the processor's caches
@@ -276,7 +280,7 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 100.0}  # of the terms of stage 1
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 200.0}  # of the terms of stage 1
 
 
 def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior: str = "kl",
@@ -297,16 +301,59 @@ def singles(views: Sequence) -> list:
     return [view for i, view in enumerate(views) if i.bit_count() <= 1]
 
 
-def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
-    """How far a batch is from having maps: mean over images and latents of (z L_i - z_i)^2, Eq. 6,
-    with the best L_i for this batch, summed over i. z = E(x) and z_i = E(A_i x), (B, d) each.
+def turn_misfit(z: Tensor, *augmented: Tensor, orders: Sequence[int | None]) -> Tensor:
+    """How far a batch is from having maps: mean over images and latents of (z Q_i - z_i)^2, Eq. 6,
+    summed over i. z = E(x) and z_i = E(A_i x), (B, d) each; Q_i is the best map for this batch of
+    those that keep lengths and, where A_i has an order, come back, see `procrustes`.
 
     Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
-    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose. (It
-    could fall by making all latents short, too, but the KL keeps them as long as the prior's.)
+    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
+    """
+    error = 0
+    for z_i, order in zip(augmented, orders):
+        with torch.no_grad():  # at the best Q the error's slope in Q is 0: z's gradient is right
+            Q = procrustes(z.T @ z_i, order)
+        error = error + (z @ Q - z_i).square().mean()
+    return error
+
+
+def procrustes(C: Tensor, order: int | None) -> Tensor:
+    """For C = z^T z_i, (d, d), the orthogonal Q (d, d) with Q^k = I that takes z nearest to z_i;
+    k is the order, None for any orthogonal matrix.
+
+    The orthogonal Procrustes problem: Q is the polar factor of C; for k = 2 of C + C^T, which makes
+    it symmetric. For other k each of its angles then goes to the nearest multiple of 2 pi / k, by
+    a <- a - sin(k a) / k. Where z carries nothing, Q is I.
+    """
+    C = C + C.T if order == 2 else C
+    Q = polar(C + 1e-5 * torch.linalg.norm(C) * torch.eye(len(C), dtype=C.dtype, device=C.device))
+    for _ in range(0 if order in (None, 2) else 10):
+        power = torch.linalg.matrix_power(Q, order)
+        Q = polar_step(torch.addmm(Q, Q, power - power.T, alpha=-0.5 / order))
+    return Q
+
+
+def polar(C: Tensor, rounds: int = 32) -> Tensor:
+    """The orthogonal matrix nearest to C (d, d): U V^T of C = U S V^T, by the iteration of Newton
+    and Schulz; singular values of 1e-5 |C| and more arrive within 32 rounds. (For `svd` the
+    host would wait for the device.)"""
+    X = C / torch.linalg.norm(C).clamp(min=1e-30)
+    for _ in range(rounds):
+        X = polar_step(X)
+    return X
+
+
+def polar_step(X: Tensor) -> Tensor:
+    """(3 X - X X^T X) / 2: every singular value s, at most 1.7, to (3 s - s^3) / 2, nearer to 1."""
+    return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
+
+
+def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
+    """The same with any matrices L_i, of least squares: a latent may shrink there, and never come
+    back. (The error could fall by making all latents short, too, but the KL keeps them long.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
-    with torch.no_grad():  # at the best L the error's slope in L is 0: z's gradient is right as is
+    with torch.no_grad():
         G = z.T @ z
         G.diagonal().add_(1e-3 * G.diagonal().mean())  # z may have latents that carry nothing yet
         L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
@@ -323,8 +370,12 @@ def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
-    """Mean over images and latents of (z L - z_i)^2, from the moments: the data is not needed."""
-    return ((L.T @ G @ L).trace() - 2 * (L.T @ C_i).trace() + z_i_squared) / len(L)
+    """Mean over images and latents of (z L - z_i)^2, from the moments: the data is not needed.
+
+    L: (.., d, d), the result (..), here and in `order_error`.
+    """
+    products = (L.mT @ G @ L - 2 * L.mT @ C_i).diagonal(dim1=-2, dim2=-1)
+    return (products.sum(-1) + z_i_squared) / L.shape[-1]
 
 
 def order_error(L: Tensor, order: int | None) -> Tensor:
@@ -336,10 +387,10 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
     all views have the same prior, and a map should keep lengths. It settles what Eq. 6 leaves open:
     where all originals agree, because none of them is a drawing of edges, say.
     """
-    unit = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     if order is None:
-        return (unit - L @ L.T).square().sum() / 100
-    return (unit - torch.linalg.matrix_power(L, order)).square().sum()
+        return (unit - L @ L.mT).square().sum((-2, -1)) / 100
+    return (unit - torch.linalg.matrix_power(L, order)).square().sum((-2, -1))
 
 
 # ---------------------------------------------------------------- ablations: each changes one thing

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +60,30 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
     (N,), for a CVAE that is told the digits. What is minimised says `model.losses`, which takes
-    weights and prior: bce(D(z), v) + kl(mu, logvar) + 100 misfit. `fit` takes the schedule. A model
-    may be shown fewer views, and then more of each. Returns the history: a dict an epoch with the
-    mean loss and its terms, nats an image.
+    weights and prior: bce(D(z), v) + kl(mu, logvar) + 200 misfit, see `weights_at`. `fit` takes the
+    schedule. A model may be shown fewer views, and then more of each. Returns the history: a dict
+    an epoch with the mean loss and its terms, nats an image.
     """
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
     seen = images.shape[:2].numel()  # in an epoch, by every model
     images = images[model.shown]
-    moving = {"noise": noise} | ({"film": film} if film else {})
+    moving, weights = {"noise": noise} | ({"film": film} if film else {}), weights or lavae.WEIGHTS
 
-    def loss_of(index):
+    def loss_of(index, t):
         if film:
             film.look()
         x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
-        return model.losses(x, noise, None if labels is None else labels[index], weights, prior)
+        return model.losses(x, noise, None if labels is None else labels[index],
+                            weights_at(t, weights), prior)
 
     return fit("stage 1", loss_of, images.shape[:2], model.stage1_parameters(), seed=seed,
                seen=seen, least=model.least_images(weights), moving=moving, **schedule)
+
+
+def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
+    """The weights of stage 1's terms at the share t of all steps: the misfit's grows from 0 to
+    twice its mean. Which directions an augmentation reverses, the latents decide early on."""
+    return weights | {"misfit": 2 * t * weights["misfit"]}
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
@@ -89,8 +97,9 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None]
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Returns a dict for each map: mean squared error of the latents, before and after; `order_error`;
-    whether it has settled.
+    Where an eigenvalue lies between two roots of 1, both are tried, see `starts`. Returns a dict
+    for each map: mean squared error of the latents, before and after; `order_error`; whether it has
+    settled.
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders):
@@ -99,20 +108,22 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None]
         def loss_of(L):
             return map_error(L, *statistics) + involution_weight * order_error(L, order)
 
-        L = torch.linalg.lstsq(*statistics[:2]).solution.requires_grad_()
-        start = map_error(L, *statistics)
+        least_squares = torch.linalg.lstsq(*statistics[:2]).solution
+        L = starts(least_squares, statistics[1],
+                   order if involution_weight else None).requires_grad_()
         optimizer = AdaBelief([L])
         for t in range(MAP_STEPS):
             optimizer.param_groups[0]["lr"] = MAP_LR * (1 - t / MAP_STEPS)
             optimizer.zero_grad()
-            loss_of(L).backward()
+            loss_of(L).sum().backward()
             optimizer.step()
-        L, settled = settle(loss_of, L)
+        ends = [settle(loss_of, one) for one in L]
+        L, settled = min(ends, key=lambda end: loss_of(end[0]).nan_to_num(math.inf).item())
         if not L.isfinite().all():
             raise FloatingPointError(f"stage 2: the map of {aug} is no number: try a lower "
                                      "--involution-weight")
         map_i.L.data.copy_(L.float())
-        history.append({"map": aug, "least_squares": start.item(),
+        history.append({"map": aug, "least_squares": map_error(least_squares, *statistics).item(),
                         "error": map_error(L, *statistics).item(),
                         "penalty": order_error(L, order).item(), "settled": settled})
     return history
@@ -128,7 +139,7 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
     """
     head = model.heads["+".join(names)]
 
-    def loss_of(index):
+    def loss_of(index, _):
         x = pixels(images[:, index]).flatten(0, 1)
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
@@ -141,6 +152,30 @@ def orders_of(augs: Sequence[str], paper_involution: bool = False) -> list[int |
     return [2 if paper_involution else ORDERS.get(aug) for aug in augs]
 
 
+def starts(L: Tensor, C_i: Tensor, order: int | None, most: int = 3) -> Tensor:
+    """What stage 2 starts from, (n, d, d): L; the best orthogonal map, see `lavae.procrustes`; and
+    L with its eigenvalues at the nearest roots of 1. Where another root is nearly as near, both
+    are there: up to 2^most of these, for the most doubtful."""
+    if order is None:
+        return L[None]
+    values, vectors = torch.linalg.eig(L)
+    roots = torch.exp(2j * math.pi * torch.arange(order, device=L.device) / order)
+    far = (values[:, None] - roots).abs()  # (d, order)
+    far[(values.imag == 0)[:, None] & (roots.imag.abs() > 1e-6)] = math.inf  # it has no partner
+    far, places = far.sort(dim=1)
+    doubt = torch.where(values.imag < 0, math.inf, far[:, 1] - far[:, 0])  # of a pair one counts
+    doubtful = [i for i in doubt.argsort()[:most].tolist() if doubt[i] < 0.5]
+    found = [L, lavae.procrustes(C_i, order)]
+    for second in product((0, 1), repeat=len(doubtful)):
+        chosen = roots[places[:, 0]]
+        for i, place in zip(doubtful, second):
+            chosen[i] = roots[places[i, place]]
+            if values[i].imag > 0:
+                chosen[(values - values[i].conj()).abs().argmin()] = chosen[i].conj()
+        found.append((vectors * chosen @ torch.linalg.inv(vectors)).real)
+    return torch.stack(found)
+
+
 def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> tuple[Tensor, bool]:
     """L at the minimum of its loss, and whether it got there.
 
@@ -148,11 +183,11 @@ def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> 
     times steeper than others; L-BFGS, which learns the curvature, goes on until a round of 100
     steps lowers the loss by less than 1%.
     """
+    L = L.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     loss = loss_of(L)
     gradient, = torch.autograd.grad(loss, L)
     if gradient.norm() * L.norm() <= 1e-6 * loss + 1e-12:
         return L.detach(), True
-    L = L.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     optimizer = torch.optim.LBFGS([L], max_iter=100, max_eval=200, tolerance_change=0,
                                   history_size=50, line_search_fn="strong_wolfe")
 
@@ -177,7 +212,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[i
     """
     loss = partial(lavae.maps_loss, model.maps, orders, involution_weight)
     if not model.joint:
-        fit("stage 2", lambda index: {"loss": loss(*(z[index] for z in latents))},
+        fit("stage 2", lambda index, _: {"loss": loss(*(z[index] for z in latents))},
             (1, len(latents[0])), [*model.maps.parameters()], epochs=MLP_EPOCHS, **schedule)
     with torch.no_grad():
         z = latents[0]
@@ -201,17 +236,17 @@ def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
     return max(least, batch_size // n_views)
 
 
-def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int],
+def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 6e-3,
         seed: int = 0, seen: int | None = None, least: int = 1, moving: dict | None = None,
         diary: "Diary | None" = None) -> list[dict]:
-    """Minimise loss_of(indices)["loss"] with AdaBelief; returns each epoch's means.
+    """Minimise loss_of(indices, t)["loss"] with AdaBelief; returns each epoch's means.
 
-    shape: views and images. A batch holds all views of some images, `least` or more, so that no
-    step favours a view: batch_size counts the views. An epoch shows `seen` views, or each once.
-    With a diary it goes on after the last epoch that the diary has of `name`; `moving` is what
-    loss_of changes, by name: generators, and what has a state_dict. Raises FloatingPointError: a
-    loss is infinite or not a number.
+    t: the share of all steps that are done. shape: views and images. A batch holds all views of
+    some images, `least` or more, so that no step favours a view: batch_size counts the views. An
+    epoch shows `seen` views, or each once. With a diary it goes on after the last epoch that the
+    diary has of `name`; `moving` is what loss_of changes, by name: generators, and what has a
+    state_dict. Raises FloatingPointError: a loss is infinite or not a number.
     """
     n_views, n = shape
     per_batch = images_a_step(n_views, batch_size, least)
@@ -226,8 +261,9 @@ def fit(name: str, loss_of: Callable[[Tensor], dict[str, Tensor]], shape: tuple[
     for _ in range(len(history), epochs):
         rounds = [torch.randperm(n, generator=order) for _ in range(math.ceil(per_epoch / n))]
         for index in torch.cat(rounds)[:per_epoch].to(device).split(per_batch):
-            optimizer.param_groups[0]["lr"] = lr * one_cycle((step + 0.5) / steps)
-            terms = loss_of(index)
+            t = (step + 0.5) / steps
+            optimizer.param_groups[0]["lr"] = lr * one_cycle(t)
+            terms = loss_of(index, t)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -387,13 +423,14 @@ class Settings:
     kl_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     recon_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     map_weight: float = option(
-        100.0, WEIGHT, "of the maps' misfit in stage 1 (default 100); 0 leaves Eq. 5 as the paper "
-        "has it", metavar="X")
+        200.0, WEIGHT, "of the maps' misfit in stage 1 (default 200), on average: it grows from 0 "
+        "to twice\nthis; 0 leaves Eq. 5 as the paper has it", metavar="X")
     involution_weight: float = option(
         1.0, WEIGHT, "of |I - L^k|^2 in stage 2 (default 1)", metavar="X")
     paper_involution: bool = option(
-        False, bool, "k = 2 for all, as in the paper; without: 2 for flips, 4 for quarter turns; "
-        "and a\nhundredth of |I - L L^T|^2 for augmentations that never come back")
+        False, bool, "k = 2 for all, as in the paper, and stage 1's maps by least squares; "
+        "without:\n2 for flips, 4 for quarter turns; and a hundredth of |I - L L^T|^2 for "
+        "augmentations\nthat never come back")
     condition: str = option("view", ["view", "digit", "both"],
                             "what --model cvae is told (default view)", models=["cvae"])
     latent_map: str = option(
@@ -535,6 +572,9 @@ def build(settings: Settings) -> LAVAE | CVAE:
         return CVAE(settings.augs, told, **size)
     model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
                   originals_only=settings.model == "vae", **size)
+    model.orders = orders_of(settings.augs)
+    if settings.paper_involution:
+        model.misfit = lavae.misfit
     if settings.joint:
         lavae.learn_jointly(model, settings.joint, orders_of(settings.augs,
                             settings.paper_involution), settings.involution_weight)
@@ -893,7 +933,7 @@ def first_step(settings: Settings, x_train: np.ndarray, y_train: np.ndarray,
     x = pixels(tensors(x_train[:n], settings.augs, device)[model.shown])
     labels = torch.from_numpy(y_train[:n]).long().to(device) if isinstance(model, CVAE) else None
     terms = model.losses(x, torch.Generator().manual_seed(settings.seed), labels,
-                         weights_of(settings), settings.prior_loss)
+                         weights_at(0.05, weights_of(settings)), settings.prior_loss)
     terms["loss"].backward()
     return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
