@@ -1305,7 +1305,8 @@ def test_a_map_has_real_powers():
     nearly = even + 1e-3 * torch.randn(8, 8, generator=generator)
     rotation = of(turn, turn, torch.eye(2), -torch.eye(2))
     odd = of(-torch.eye(3), torch.eye(5))
-    for L in (even, nearly, rotation, odd):
+    quarters = of(*[torch.tensor([[0.0, 1], [-1, 0]])] * 2, torch.diag(torch.tensor([1.0, 1, -1, -1])))
+    for L in (even, nearly, rotation, odd, quarters):
         assert torch.allclose(lavae.matrix_power(L, 0.0), torch.eye(8, dtype=torch.double), atol=1e-8)
         assert torch.allclose(lavae.matrix_power(L, 1.0), L, atol=1e-8)
         steps = torch.stack([lavae.matrix_power(L, t) for t in np.linspace(0, 1, 201)])
@@ -1314,6 +1315,22 @@ def test_a_map_has_real_powers():
         error = torch.linalg.norm(half @ half - L) / torch.linalg.norm(L)
         assert (error < 1e-2) == (L is not odd), error  # three directions: one shrinks through zero
     assert torch.linalg.matrix_rank(lavae.matrix_power(odd, 0.5), rtol=1e-9) == 7
+    assert torch.allclose(torch.linalg.matrix_power(lavae.matrix_power(quarters, 1 / 3), 3), quarters, atol=1e-8)
+    basis = torch.linalg.qr(basis).Q  # from here on the maps keep lengths: so do their powers
+    for L in (of(-torch.eye(4), torch.eye(4)), of(turn, turn, torch.eye(2), -torch.eye(2))):
+        half = lavae.matrix_power(L, 0.5)
+        assert torch.allclose(half @ half.T, torch.eye(8, dtype=torch.double), atol=1e-8)
+
+
+@slow
+def test_a_cyclic_shift_of_order_4(tmp_path, monkeypatch):
+    """Not one of the eleven: by 7 of 28 pixels to the side. Both views within 3% of direct."""
+    monkeypatch.setitem(augment.AUGMENTATIONS, "roll", lambda x: np.roll(x, 7, axis=2))
+    monkeypatch.setitem(augment.ORDERS, "roll", 4)
+    train.main(["--preset", "quick", "--augs", "roll", "--no-transfer", "--device", "cpu", "--out", str(tmp_path)])
+    row = evaluate.measure(lavae.load(tmp_path), augment.load_images(), CPU)["lavae"]
+    assert all(row[name] < 1.03 * row["direct"][name] for name in ("orig", "roll")), row
+    assert row["order_error"]["roll"] < 1e-3
 
 
 def test_the_model_in_a_notebook(run, digits):
