@@ -265,6 +265,10 @@ BLOCK = 250  # images at a time: few enough for the processor's caches
 HEAD_HIDDEN = 512  # units of the two layers between z and the first layer of a transfer head
 
 # ---------------------------------------------------------------- the losses of the three stages
+#
+#   stage 1    bce + kl + turn_misfit      a batch, with maps Q that are made for it and thrown away
+#   stage 2    map_error + order_error     all data, by their moments, with the model's own maps L
+#   stage 3    bce
 
 
 def bce(logits: Tensor, x: Tensor) -> Tensor:

@@ -633,11 +633,12 @@ def test_stage2_finds_a_known_quarter_turn():
     assert lavae.order_error(flat, 2) < 0.5 < lavae.order_error(turn, 2) and not torch.allclose(flat, turn, atol=0.5)
 
 
-def test_stage2_tries_the_other_roots(known_maps):
+def test_stage2_tries_the_other_roots(known_maps, monkeypatch):
     """Least squares leaves eigenvalues between two roots; the map at the cheaper ones is the true one."""
     worse = 0
-    for part, order in known_maps[:3]:
-        for seed in (2, 6, 9):
+    monkeypatch.setattr(train, "MAP_STEPS", 1000)
+    for part, order in known_maps[:2]:
+        for seed in (2, 9):
             generator = torch.Generator().manual_seed(seed)
             mixed = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.double)).Q
             scale = torch.logspace(0, -1, 8, dtype=torch.double)
@@ -658,7 +659,7 @@ def test_stage2_tries_the_other_roots(known_maps):
             cost = row["error"] + row["penalty"]
             assert row["penalty"] < 1e-2 and cost < 1.001 * loss_of(train.settle(loss_of, part)[0])
             worse += cost < 0.98 * loss_of(train.settle(loss_of, start)[0])
-    assert worse >= 2  # of nine, without the trial
+    assert worse >= 1  # of four, without the trial
 
 
 def test_the_order_of_each_map():

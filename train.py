@@ -117,7 +117,8 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None]
             optimizer.zero_grad()
             loss_of(L).sum().backward()
             optimizer.step()
-        ends = [settle(loss_of, one) for one in L]
+        best = loss_of(L).nan_to_num(math.inf).argsort()[:2]
+        ends = [settle(loss_of, one) for one in L[best]]
         L, settled = min(ends, key=lambda end: loss_of(end[0]).nan_to_num(math.inf).item())
         if not L.isfinite().all():
             raise FloatingPointError(f"stage 2: the map of {aug} is no number: try a lower "
