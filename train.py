@@ -598,9 +598,9 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
     """
     torch.manual_seed(settings.seed)
-    device, config = torch.device(settings.device), config_of(settings)
-    model, diary = lavae.tune(build(settings).to(device)), Diary(settings.out / "state.pt", config)
-    history, seconds = {}, {}
+    device, history, seconds = torch.device(settings.device), {}, {}
+    model = lavae.tune(build(settings).to(device))
+    diary = Diary(settings.out / "state.pt", config_of(settings))
     schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed, diary=diary)
 
     def timed(name, f, *arguments, **more):
@@ -636,14 +636,19 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
             print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
             timed("stage 3, " + "+".join(names), stage3, model, names, z,
                   tensors(x_train, names, device), epochs=settings.transfer_epochs, **schedule)
+    finish(model, settings, {"seconds": seconds, "history": history})
+    diary.close()
 
-    metrics = {"config": config, "seconds": seconds, "history": history,
+
+def finish(model: LAVAE | CVAE, settings: Settings, metrics: dict) -> None:
+    """Write metrics.json and model.pt. Raises OSError."""
+    config, history = config_of(settings), metrics["history"]
+    metrics = {"config": config, **metrics,
                "images_per_second": history["stage 1"][-1]["images_per_second"]}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (settings.out / "evaluation.json").unlink(missing_ok=True)  # of the model that was here
     lavae.save(model, settings.out / "model.pt", config)
-    diary.close()
-    print(f"done in {sum(seconds.values()):.0f} s: {settings.out / 'model.pt'}")
+    print(f"done in {sum(metrics['seconds'].values()):.0f} s: {settings.out / 'model.pt'}")
 
 
 def run(settings: Settings) -> LAVAE | CVAE:
