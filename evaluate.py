@@ -1116,6 +1116,9 @@ def scenes_of(options: argparse.Namespace) -> list[Scene]:
     if not runs:
         raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
     runs = [run.parent if run.is_file() else run for run in runs]
+    for run in runs:
+        if not (run / "model.pt").is_file() and any(run.glob("*/model.pt")):
+            raise FileNotFoundError(f"{run} only holds runs: name those, or add --heatmap")
     device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
     data, scenes = {}, []
     for run in runs:

@@ -1631,6 +1631,7 @@ def test_evaluate_refuses(capsys, tmp_path, monkeypatch, run):
         refused(evaluate.main, [tmp_path / "empty"], capsys, "train.py" if "kind" in other else "damaged")
         assert not (tmp_path / "it ran").exists()
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["model.pt"]
+    refused(evaluate.main, [tmp_path], capsys, "only holds runs", "--heatmap")
     monkeypatch.chdir(tmp_path)
     refused(evaluate.main, [], capsys, "no run", "train.py")
 
