@@ -2516,7 +2516,7 @@ def test_an_epoch_waits_for_nothing(accelerator, tmp_path, monkeypatch):
     """Between the first and the last batch of an epoch the host reads nothing back, in no stage."""
     seen, add = {}, train.Progress.add
     monkeypatch.setattr(train.Progress, "add", lambda self, *step: (
-        seen.setdefault((id(self), self.epoch), []).append(readbacks.total()), add(self, *step)))
+        seen.setdefault((self, self.epoch), []).append(readbacks.total()), add(self, *step)))
     for words in ("", "--model cvae --condition both", "--prior-loss mmd --augs rotate_cw canny", "--joint identity"):
         train.main([*TINY, *words.split(), "--overwrite", "--out", str(tmp_path)])
     assert len(seen) == 7 and {len(counts) for counts in seen.values()} == {5, 10}
