@@ -721,6 +721,11 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
     assert losses == sorted(losses, reverse=True) and len(losses) == 6
     first, *_, last = metrics["history"]["stage 1"]
     assert 100 * last["misfit"] < last["loss"] - last["bce"] - last["kl"] < 200 * last["misfit"]  # its weight grows
+    weights = train.weights_at(0.25, {"bce": 3.0, "kl": 2.0, "misfit": 100.0})
+    assert weights == {"bce": 3.0, "kl": 2.0, "misfit": 50.0}
+    terms = model.losses(lavae.pixels(torch.from_numpy(np.stack(augment.all_views(digits, model.augs)))), weights=weights)
+    assert terms["loss"].item() == pytest.approx(3 * terms["bce"].item() + 2 * terms["kl"].item()
+                                                 + 50 * terms["misfit"].item(), rel=1e-6)
     assert last["bce"] < first["bce"] and last["misfit"] < 0.1
     torch.manual_seed(0)
     untrained = evaluate.measure(LAVAE(transfers=[["shear_x", "canny"]], filters=8), few(data), CPU)

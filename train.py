@@ -160,6 +160,7 @@ def starts(L: Tensor, C_i: Tensor, order: int | None, most: int = 3) -> Tensor:
     if order is None:
         return L[None]
     values, vectors = torch.linalg.eig(L)
+    back = torch.linalg.inv(vectors)
     roots = torch.exp(2j * math.pi * torch.arange(order, device=L.device) / order)
     far = (values[:, None] - roots).abs()  # (d, order)
     far[(values.imag == 0)[:, None] & (roots.imag.abs() > 1e-6)] = math.inf  # it has no partner
@@ -173,7 +174,7 @@ def starts(L: Tensor, C_i: Tensor, order: int | None, most: int = 3) -> Tensor:
             chosen[i] = roots[places[i, place]]
             if values[i].imag > 0:
                 chosen[(values - values[i].conj()).abs().argmin()] = chosen[i].conj()
-        found.append((vectors * chosen @ torch.linalg.inv(vectors)).real)
+        found.append((vectors * chosen @ back).real)
     return torch.stack(found)
 
 
