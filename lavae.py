@@ -158,20 +158,20 @@ class LAVAE(nn.Module):
         logits, mu, logvar = self(x, noise)
         terms = elbo(logits, x, mu, logvar, prior, noise)
         if self.has_misfit(weights):
-            terms["misfit"] = self.misfit(*singles(mu.unflatten(0, x.shape[:2])))
+            terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
         return weighted(terms, weights)
 
-    def misfit(self, z: Tensor, *augmented: Tensor) -> Tensor:
+    def misfit(self, z: Tensor) -> Tensor:
         """How far a batch is from having maps that keep lengths and come back, `turn_misfit`."""
-        return turn_misfit(z, *augmented, orders=self.orders)
+        return turn_misfit(z, self.orders)
 
     def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
         """Whether stage 1 asks for maps: not where it sees one view alone."""
-        return (weights or WEIGHTS)["misfit"] > 0 and len(self.shown) > 1
+        return (weights or WEIGHTS).get("misfit", 0) > 0 and len(self.shown) > 1
 
     def least_images(self, weights: dict[str, float] | None = None) -> int:
         """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
-        latents without any misfit, so twice as many."""
+        latents without much misfit, so twice as many."""
         return 2 * self.latent_dim if self.has_misfit(weights) else 1
 
     def stage1_parameters(self) -> list[Tensor]:
@@ -305,19 +305,24 @@ def singles(views: Sequence) -> list:
     return [view for i, view in enumerate(views) if i.bit_count() <= 1]
 
 
-def turn_misfit(z: Tensor, *augmented: Tensor, orders: Sequence[int | None]) -> Tensor:
+def turn_misfit(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     """How far a batch is from having maps: mean over images and latents of (z Q_i - z_i)^2, Eq. 6,
-    summed over i. z = E(x) and z_i = E(A_i x), (B, d) each; Q_i is the best map for this batch of
-    those that keep lengths and, where A_i has an order, come back, see `procrustes`.
+    summed over i. Q_i is the best map for this batch of those that keep lengths and, where A_i has
+    an order, come back, see `procrustes`.
+
+    z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`. A_i is
+    asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (A mirrored digit
+    turns the other way, and no pair of originals says so.)
 
     Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
     tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
     """
     error = 0
-    for z_i, order in zip(augmented, orders):
+    for i, order in enumerate(orders):
+        before, after = z[:2 ** i].flatten(0, 1), z[2 ** i:2 ** (i + 1)].flatten(0, 1)
         with torch.no_grad():  # at the best Q the error's slope in Q is 0: z's gradient is right
-            Q = procrustes(z.T @ z_i, order)
-        error = error + (z @ Q - z_i).square().mean()
+            Q = procrustes(before.T @ after, order)
+        error = error + (before @ Q - after).square().mean()
     return error
 
 
@@ -353,8 +358,8 @@ def polar_step(X: Tensor) -> Tensor:
 
 
 def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
-    """The same with any matrices L_i, of least squares: a latent may shrink there, and never come
-    back. (The error could fall by making all latents short, too, but the KL keeps them long.)
+    """The same with any matrices L_i, of least squares, for z = E(x) and z_i = E(A_i x) alone, (B, d)
+    each: a latent may shrink there, and never come back. (The error could fall by making all latents short, too, but the KL keeps them long.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():
@@ -435,7 +440,8 @@ def learn_jointly(model: LAVAE, start: str, orders: Sequence[int | None],
     """Stages 1 and 2 in one: where stage 1 has the misfit of the best maps for a batch, it gets Eq.
     6 with the model's own. They start at I and learn along ("identity"), or stay what they are:
     diagonals of +1 and -1, every pattern of signs in as many directions ("signs")."""
-    model.joint, model.misfit = start, partial(maps_loss, model.maps, orders, involution_weight)
+    model.joint, loss = start, partial(maps_loss, model.maps, orders, involution_weight)
+    model.misfit = lambda z: loss(*singles(z))
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
             signs = 1.0 - 2.0 * (torch.arange(model.latent_dim) >> i & 1)

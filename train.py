@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -81,9 +82,11 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
 
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
-    """The weights of stage 1's terms at the share t of all steps: the misfit's grows from 0 to
-    twice its mean. Which directions an augmentation reverses, the latents decide early on."""
-    return weights | {"misfit": 2 * t * weights["misfit"]}
+    """The weights of stage 1's terms at the share t of all steps. The prior's grows for the first
+    twentieth: at full weight from the start it can hold all latents at zero. The misfit's grows
+    from 0 to twice its mean: which directions a map reverses, the latents decide early on."""
+    growth = {"kl": min(1, 20 * t), "misfit": 2 * t}
+    return {key: weight * growth.get(key, 1) for key, weight in weights.items()}
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
@@ -226,7 +229,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[i
 # ---------------------------------------------------------------- the loop of stages 1 and 3
 
 
-def one_cycle(t: float, warm_up: float = 0.1) -> float:
+def one_cycle(t: float, warm_up: float = 0.25) -> float:
     """The learning rate at the share t of all steps, as a share of its peak: up, then a cosine."""
     if t < warm_up:
         return t / warm_up
@@ -239,7 +242,7 @@ def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
 
 
 def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
-        parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 6e-3,
+        parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 9e-3,
         seed: int = 0, seen: int | None = None, least: int = 1, moving: dict | None = None,
         diary: "Diary | None" = None) -> list[dict]:
     """Minimise loss_of(indices, t)["loss"] with AdaBelief; returns each epoch's means.
@@ -326,8 +329,8 @@ class Progress:
 # ---------------------------------------------------------------- settings
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=6e-3),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=6e-3),
+    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=9e-3),
+    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=9e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
 MODELS = {  # --model
@@ -576,7 +579,7 @@ def build(settings: Settings) -> LAVAE | CVAE:
                   originals_only=settings.model == "vae", **size)
     model.orders = orders_of(settings.augs)
     if settings.paper_involution:
-        model.misfit = lavae.misfit
+        model.misfit = lambda z: lavae.misfit(*singles(z))
     if settings.joint:
         lavae.learn_jointly(model, settings.joint, orders_of(settings.augs,
                             settings.paper_involution), settings.involution_weight)
@@ -644,12 +647,25 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
 def finish(model: LAVAE | CVAE, settings: Settings, metrics: dict) -> None:
     """Write metrics.json and model.pt. Raises OSError."""
     config, history = config_of(settings), metrics["history"]
-    metrics = {"config": config, **metrics,
+    metrics = {"config": config, "made": made_with(settings.device), **metrics,
                "images_per_second": history["stage 1"][-1]["images_per_second"]}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (settings.out / "evaluation.json").unlink(missing_ok=True)  # of the model that was here
     lavae.save(model, settings.out / "model.pt", config)
     print(f"done in {sum(metrics['seconds'].values()):.0f} s: {settings.out / 'model.pt'}")
+
+
+def made_with(device: str) -> dict:
+    """When, and by what: the day, the versions and the hardware, for metrics.json."""
+    hardware = platform.processor() or platform.machine()
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    elif (cpus := Path("/proc/cpuinfo")).is_file():
+        names = [line for line in cpus.read_text().splitlines() if line.startswith("model name")]
+        hardware = names[0].split(": ")[-1] if names else hardware
+    return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "device": device,
+            "hardware": hardware, "threads": torch.get_num_threads()}
 
 
 def run(settings: Settings) -> LAVAE | CVAE:
