@@ -284,7 +284,7 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 200.0}  # of the terms of stage 1
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of the terms of stage 1
 
 
 def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior: str = "kl",

@@ -61,7 +61,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
     (N,), for a CVAE that is told the digits. What is minimised says `model.losses`, which takes
-    weights and prior: bce(D(z), v) + kl(mu, logvar) + 200 misfit, see `weights_at`. `fit` takes the
+    weights and prior: bce(D(z), v) + kl(mu, logvar) + 150 misfit, see `weights_at`. `fit` takes the
     schedule. A model may be shown fewer views, and then more of each. Returns the history: a dict
     an epoch with the mean loss and its terms, nats an image.
     """
@@ -330,7 +330,7 @@ class Progress:
 
 PRESETS = {  # each setting is also an option of its own
     "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=9e-3),
-    "laptop": dict(filters=32, epochs=5, transfer_epochs=3, batch_size=128, lr=9e-3),
+    "laptop": dict(filters=32, epochs=6, transfer_epochs=3, batch_size=128, lr=9e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
 MODELS = {  # --model
@@ -428,7 +428,7 @@ class Settings:
     kl_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     recon_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     map_weight: float = option(
-        200.0, WEIGHT, "of the maps' misfit in stage 1 (default 200), on average: it grows from 0 "
+        150.0, WEIGHT, "of the maps' misfit in stage 1 (default 150), on average: it grows from 0 "
         "to twice\nthis; 0 leaves Eq. 5 as the paper has it", metavar="X")
     involution_weight: float = option(
         1.0, WEIGHT, "of |I - L^k|^2 in stage 2 (default 1)", metavar="X")
