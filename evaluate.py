@@ -165,6 +165,15 @@ def group(model: LAVAE) -> dict:
                        if max([*squares, *commutator.values()]) < 0.5 else None)}
 
 
+def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
+    """Codes z (N, latent_dim) after half an augmentation, z L^(1/2): their mean length beside z's;
+    how far E(D(z L^(1/2))) is from them, root mean square, as a share of their length."""
+    half = z @ matrix_power(L, 0.5)
+    away = model.encoder(model.decoder(half).sigmoid())[0] - half
+    return {"length": (half.norm(dim=1) / z.norm(dim=1)).mean().item(),
+            "re-encoded": (away.norm() / half.norm()).item()}
+
+
 def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Whether a small classifier knows the view of each test latent, (N,) bool for each view.
 
@@ -237,6 +246,8 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
         "any_to_any": any_to_any, "separability": apart.double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
+        "half": {aug: half_way(model, f.L, z[:2000]) for aug, f in zip(model.augs, model.maps)
+                 if aug in ORDERS and isinstance(f, LatentMap)},
         "elements": {name: row[name] if name in names else nats(
             model.decoder, powers(z, model.maps, exponents),
             torch.from_numpy(powers(x, functions, exponents)).to(device))
@@ -456,7 +467,7 @@ def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
     return white @ W.T
 
 
-def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1500) -> np.ndarray:
+def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray:
     """Exact t-SNE, (N, d) to (N, 2): neighbours stay neighbours, distances mean little.
 
     P from Gaussians whose width gives each point `perplexity` neighbours; Q from Student's t in the
@@ -960,18 +971,25 @@ def latent_plane(s, n=15):
     return grid("D(z): z1 across, z2 upwards", heads, [*zip(heads[::-1], drawn)], cell=56)
 
 
-@figure("the losses of each stage, epoch by epoch")
+@figure("the losses of each stage as it learns")
 def training_curves(s):
     try:
         history = json.loads((s.run / "metrics.json").read_text())["history"]
-        panels = [(stage, [(key, [(row["epoch"], row[key]) for row in rows], "path")
-                           for key in ("bce", "kl", "loss") if key in rows[0]])
+        panels = [(f"{stage}, by epoch", [(key, curve_of(rows, key), "line")
+                                          for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
         if not panels:
             raise ValueError("no epochs")
     except (AttributeError, OSError, ValueError, LookupError, TypeError) as error:
         raise Lacking("needs the metrics.json that train.py wrote") from error
     return chart("Training, nats an image", [panels], scales=True)
+
+
+def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
+    """(epoch, a loss) for each hundredth of an epoch; at first it is off the page."""
+    curves = [row["curve"] for row in rows]
+    return [point for curve in curves for point in zip(curve["epoch"], curve[key])
+            if point[0] > 0.1]
 
 
 @figure("stage 1 as it learnt (GIF; needs a run with --record)")

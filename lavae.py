@@ -140,8 +140,9 @@ class LAVAE(nn.Module):
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
         self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
-        self.heads = nn.ModuleDict({"+".join(names): Decoder(latent_dim, filters, HEAD_HIDDEN)
-                                    for names in self.transfers})
+        self.heads = nn.ModuleDict({
+            "+".join(names): Decoder(latent_dim, filters, hidden=HEAD_WIDTH * filters)
+            for names in self.transfers})
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
@@ -262,7 +263,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
 
 
 BLOCK = 250  # images at a time: few enough for the processor's caches
-HEAD_HIDDEN = 512  # units of the two layers between z and the first layer of a transfer head
+HEAD_WIDTH = 16  # units a filter, of the two layers between z and the paper's first layer of a head
 
 # ---------------------------------------------------------------- the losses of the three stages
 #
@@ -358,8 +359,9 @@ def polar_step(X: Tensor) -> Tensor:
 
 
 def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
-    """The same with any matrices L_i, of least squares, for z = E(x) and z_i = E(A_i x) alone, (B, d)
-    each: a latent may shrink there, and never come back. (The error could fall by making all latents short, too, but the KL keeps them long.)
+    """The same with any matrices L_i, of least squares, and of originals alone: z = E(x), and
+    E(A_1 x) to E(A_K x), (B, d) each. A latent may shrink there, and never come back. (The error
+    could fall by making all latents short, too, but the KL keeps them long.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():

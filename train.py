@@ -6,7 +6,7 @@
     stage 3   a new head D_B     min  BCE(view_B(x), D_B(view_L(E(x))))                        Eq. 7
 
     python train.py                                        # flips, then shear_x and canny: minutes
-    python train.py --preset quick                         # a minute: for a lecture
+    python train.py --preset quick                         # a minute or two: for a lecture
     python train.py --augs rotate_cw flip_lr --transfer flip_lr flip_ud    # another pair
     python train.py --baselines                            # and three models to compare it with
     python train.py --heatmap                              # four pairs, each transferred to all
@@ -281,13 +281,14 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
 
 
 class Progress:
-    """The means of an epoch's losses, and a line that shows them: on a terminal rewritten twice a
-    second, elsewhere written once an epoch. The terms stay on the device until the epoch ends."""
+    """The means of an epoch's losses, and of each hundredth of it; and a line that shows them: on a
+    terminal rewritten twice a second, elsewhere written once an epoch. The terms stay on the device
+    until the epoch ends."""
 
     def __init__(self, name: str, epochs: int, per_epoch: int, n_views: int, epoch: int = 0):
         self.name, self.epochs, self.per_epoch, self.n_views = name, epochs, per_epoch, n_views
         self.epoch, self.done, self.sums, self.steps, self.shown = epoch, 0, {}, [], 0.0
-        self.first, self.live = epoch, sys.stdout.isatty()
+        self.first, self.live, self.marks = epoch, sys.stdout.isatty(), []
         self.start = self.epoch_start = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], n: int) -> None:
@@ -297,6 +298,8 @@ class Progress:
             self.sums[key] = self.sums.get(key, 0) + value.detach() * n
         self.done += n
         self.steps.append(n)
+        if len(self.steps) % max(1, self.per_epoch // (100 * self.steps[0])) == 0:
+            self.marks.append((sum(self.steps), dict(self.sums)))
         if self.live and time.perf_counter() - self.shown > 0.5:
             self.shown = time.perf_counter()
             self._show(float(terms["loss"]), end="")
@@ -314,8 +317,13 @@ class Progress:
         self._show(means["loss"], end="\n")
         now = time.perf_counter()
         seconds, self.epoch_start = now - self.epoch_start, now
-        self.epoch, self.sums, self.steps = self.epoch + 1, {}, []
-        return {"epoch": self.epoch, **means, "seconds": seconds,
+        places = np.array([place for place, _ in self.marks])
+        curve = {"epoch": (self.epoch + places / self.per_epoch).tolist()}
+        for key in means:
+            sums = torch.stack([sums[key] for _, sums in self.marks]).tolist()
+            curve[key] = (np.diff(sums, prepend=0) / np.diff(places, prepend=0)).tolist()
+        self.epoch, self.sums, self.steps, self.marks = self.epoch + 1, {}, [], []
+        return {"epoch": self.epoch, **means, "seconds": seconds, "curve": curve,
                 "images_per_second": round(self.per_epoch * self.n_views / seconds)}
 
     def _show(self, loss, end):
@@ -329,7 +337,7 @@ class Progress:
 # ---------------------------------------------------------------- settings
 
 PRESETS = {  # each setting is also an option of its own
-    "quick": dict(filters=16, epochs=1, transfer_epochs=1, batch_size=128, lr=9e-3),
+    "quick": dict(filters=16, epochs=2, transfer_epochs=1, batch_size=128, lr=9e-3),
     "laptop": dict(filters=32, epochs=6, transfer_epochs=3, batch_size=128, lr=9e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
 }
