@@ -3,6 +3,8 @@
     python -m pytest                # against OpenCV, SciPy, adabelief-pytorch, torchvision, Pillow
     python -m pytest -m slow        # the same at length: all of MNIST, thousands of odd images
     python test_lavae.py            # no test: how fast things are, beside what they stand in for
+    python test_lavae.py keep runs/seed0 flips-0    # a run's numbers, to assets/results
+    python test_lavae.py tables     # README's numbers, made from there
 """
 
 import argparse
@@ -2616,6 +2618,128 @@ def test_an_accelerator_that_lacks_something_is_not_trusted(monkeypatch, capsys)
             torch.tensor([3.0]), torch.tensor(value if device.type == "mps" else 1.0)]).type == "mps") == trusted
 
 
+# ---------------------------------------------------------------- README's numbers
+#
+# assets/results/NAME-SEED.json holds what train.py and evaluate.py wrote of a run. README's tables and sentences are
+# made from there, and a test finds them in README.
+
+RESULTS = HERE / "assets" / "results"
+
+
+def keep(run, name):
+    """What README needs of a run that is finished and evaluated, to assets/results/NAME.json."""
+    def rounded(thing):
+        if isinstance(thing, dict):
+            return {key: rounded(value) for key, value in thing.items()}
+        if isinstance(thing, list):
+            return [rounded(value) for value in thing]
+        return float(f"{thing:.6g}") if isinstance(thing, float) else thing
+
+    metrics, evaluation = (json.loads((Path(run) / f"{file}.json").read_text()) for file in ("metrics", "evaluation"))
+    del metrics["history"]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rounded({**metrics, "evaluation": evaluation})) + "\n")
+
+
+def kept(name):
+    """The runs NAME-0, NAME-1, .. in the order of their seeds."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    assert [run["config"]["seed"] for run in runs] == [*range(len(runs))] and runs
+    for run in runs:  # they differ in nothing else
+        assert run["config"] | {"seed": 0} == runs[0]["config"], name
+    return runs
+
+
+def spread(values, digits=1):
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+
+
+def row(*cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def excess(run, views=None):
+    """What the views cost over encoding them directly, %."""
+    ours = run["evaluation"]["lavae"]
+    return [100 * (ours[view] / nats - 1) for view, nats in ours["direct"].items() if views is None or view in views]
+
+
+def any_to_any(run):
+    """The most that a way from any view to any other costs over direct, %."""
+    ours = run["evaluation"]["lavae"]
+    return max(100 * (nats / ours["direct"][target] - 1)
+               for ways in ours["any_to_any"].values() for target, nats in ways.items())
+
+
+def half_way(runs, key):
+    """The range over runs and maps."""
+    values = [half[key] for run in runs for half in run["evaluation"]["lavae"]["half"].values()]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def never_shown(run):
+    ours = run["evaluation"]["lavae"]
+    return [nats for element, nats in ours["elements"].items() if element not in ours["direct"]]
+
+
+def readme_parts():
+    """README's rows and half-sentences with numbers in them, by what they are about."""
+    flips, turns, three, four, plain = map(kept, ("flips", "turns", "three", "four", "plain"))
+    ours = [run["evaluation"]["lavae"] for run in flips]
+    views = [*ours[0]["direct"]]
+    nats = [spread([one[view] for one in ours]) for view in [*views, "total"]]
+    identity = [[100 * one["identity"][view] for view in views] for one in ours]
+    transfers = [run["evaluation"]["transfer"]["shear_x+canny"]["total"] for run in flips]
+    (made,) = {(run["made"]["hardware"], run["made"]["torch"].split("+")[0], run["made"]["threads"], run["made"]["date"])
+               for runs in (flips, turns, three, four, plain) for run in runs}
+    seeds = ", ".join(str(run["config"]["seed"]) for run in flips)
+    yield "first screen", row("this LAVAE, 6 epochs", *nats[:-1], f"**{nats[-1]}**")
+    yield "made with", "{}, torch {}, {} thread, {}".format(*made)
+    yield "Table I", row("**LAVAE**", *nats[:-1], f"**{nats[-1]}**", spread([np.mean(one[1:-1]) for one in identity]) + "%",
+                         spread([one[-1] for one in identity]) + "%")
+    yield "Table I", (f"Seeds {seeds}: " + ", ".join(f"{one['total']:.2f}" for one in ours) + "; direct, on average, "
+                      f"{np.mean([sum(one['direct'].values()) for one in ours]):.2f}")
+    yield "any to any", f"at most {max(map(any_to_any, flips)):.2f}% over direct"
+    yield "any to any", f"{max(map(any_to_any, turns)):.1f}% with a quarter turn"
+    yield "transfer", f"{np.mean(transfers):.0f} on average ({', '.join(f'{total:.1f}' for total in transfers)})"
+    gaps = [one[views[-1]] - max(one[view] for view in views[1:-1]) for one in ours]
+    yield "composition", f"at most {max(gaps):.2f} nats more than the dearer flip"
+    yield "half", f"{half_way(flips, 'length')} times as long as before"
+    yield "half", f"{half_way(flips, 're-encoded')} of their length"
+    seconds = [run["seconds"] for run in flips]
+    yield "seconds", (f"stage 1 in {np.median([one['stage 1'] for one in seconds]):.0f} s, "
+                      f"stage 3 in {np.median([one['stage 3, shear_x+canny'] for one in seconds]):.0f} s")
+    yield "reverse", f"at most {max(one['reverse'] - one[views[-1]] for one in ours):.3f} nats"
+    yield "commute", f"‖L1 L2 − L2 L1‖ is {max(max(one['group']['commutator'].values()) for one in ours):.3f} at most"
+    eq5 = plain[0]["evaluation"]["lavae"]
+    yield "Eq. 5", f"{eq5['flip_lr']:.1f} and {eq5['flip_ud']:.1f} for the flips, {eq5[views[-1]]:.1f} for both"
+    yield "Eq. 5", f"a total of {eq5['total']:.1f} where direct is {sum(eq5['direct'].values()):.1f}"
+    for run in turns:
+        one = run["evaluation"]["lavae"]
+        signs = Counter((round(re), abs(round(im))) for re, im in one["group"]["eigenvalues"]["rotate_cw"])
+        yield "turns", row(f"seed {run['config']['seed']}", f"{one['total']:.2f}", f"{sum(one['direct'].values()):.2f}",
+                           f"{max(excess(run)):.1f}%", " to ".join(f"{f(never_shown(run)):.0f}" for f in (min, max)),
+                           f"{signs[1, 0]}, {signs[-1, 0]}, {signs[0, 1]}")
+    yield "turns", f"total {spread([run['evaluation']['lavae']['total'] for run in turns])}, every view that was shown within {max(max(excess(run)) for run in turns):.1f}% of direct"
+    for run in three:
+        one = run["evaluation"]["lavae"]
+        yield "three", row(f"seed {run['config']['seed']}", *(f"{one[view]:.1f}" for view in one["direct"]), f"{max(excess(run)):.1f}%")
+    yield "three", f"every view within {max(max(excess(run)) for run in three):.1f}% of direct"
+    yield "four", f"all sixteen views within {max(excess(four[0])):.1f}% of direct"
+
+
+def test_readmes_numbers_are_those_of_the_kept_runs():
+    text, parts = (HERE / "README.md").read_text(encoding="utf-8"), [part for _, part in readme_parts()]
+    for part in parts:
+        assert part.lower() in " ".join(text.lower().split()), f"README lacks {part}"
+    text = re.sub(r"<details><summary><b>Speed.*?</details>", "", text, flags=re.DOTALL)  # `benchmark` prints those
+    for line in text.splitlines():
+        if line.startswith("|") and not line.startswith("| paper") and "†" not in line:
+            for part in parts:
+                line = line.replace(part, "")
+            assert not re.search(r"\d\.\d", line), f"of no kept run, and not marked as older: {line}"
+
+
 # ---------------------------------------------------------------- benchmark: python test_lavae.py
 
 
@@ -2707,6 +2831,12 @@ def benchmark():
 
 
 if __name__ == "__main__":
-    from skimage import feature
+    if sys.argv[1:2] == ["keep"]:
+        keep(*sys.argv[2:])
+    elif sys.argv[1:2] == ["tables"]:
+        for about, part in readme_parts():
+            print(f"{about}:\n{part}\n")
+    else:
+        from skimage import feature
 
-    benchmark()
+        benchmark()
