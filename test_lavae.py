@@ -735,18 +735,20 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
     out, model = run
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["config"]["filters"] == 8 and metrics["images_per_second"] > 0
+    made = metrics["made"]
+    assert (made["torch"], made["device"], made["threads"]) == (torch.__version__, "cpu", torch.get_num_threads())
     assert list(metrics["history"]) == list(metrics["seconds"])[:1] + ["stage 2", "stage 3, shear_x+canny"]
     losses = [row["loss"] for row in metrics["history"]["stage 1"]]
     assert losses == sorted(losses, reverse=True) and len(losses) == 6
     first, *_, last = metrics["history"]["stage 1"]
-    assert 100 * last["misfit"] < last["loss"] - last["bce"] - last["kl"] < 200 * last["misfit"]  # its weight grows
+    assert 200 * last["misfit"] < last["loss"] - last["bce"] - last["kl"] < 300 * last["misfit"]  # its weight grows
     given = {"bce": 3.0, "kl": 2.0, "misfit": 100.0}
-    assert train.weights_at(0.0125, given) == {"bce": 3.0, "kl": 0.5, "misfit": 2.5}
+    assert train.weights_at(0.03125, given) == {"bce": 3.0, "kl": 1.25, "misfit": 0.29296875}
     assert train.weights_at(1.0, {"bce": 3.0, "kl": 2.0}) == {"bce": 3.0, "kl": 2.0}  # a CVAE's
-    assert (weights := train.weights_at(0.25, given)) == {"bce": 3.0, "kl": 2.0, "misfit": 50.0}
+    assert (weights := train.weights_at(0.25, given)) == {"bce": 3.0, "kl": 2.0, "misfit": 18.75}
     terms = model.losses(lavae.pixels(torch.from_numpy(np.stack(augment.all_views(digits, model.augs)))), weights=weights)
     assert terms["loss"].item() == pytest.approx(3 * terms["bce"].item() + 2 * terms["kl"].item()
-                                                 + 50 * terms["misfit"].item(), rel=1e-6)
+                                                 + 18.75 * terms["misfit"].item(), rel=1e-6)
     assert last["bce"] < first["bce"] and last["misfit"] < 0.1
     torch.manual_seed(0)
     untrained = evaluate.measure(LAVAE(transfers=[["shear_x", "canny"]], filters=8), few(data), CPU)
@@ -2651,18 +2653,18 @@ def kept(name):
     return runs
 
 
-def spread(values, digits=1):
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+def spread(values):
+    return evaluate.spread(values, digits=1).replace("+-", "±")
 
 
 def row(*cells):
     return "| " + " | ".join(cells) + " |"
 
 
-def excess(run, views=None):
+def excess(run):
     """What the views cost over encoding them directly, %."""
     ours = run["evaluation"]["lavae"]
-    return [100 * (ours[view] / nats - 1) for view, nats in ours["direct"].items() if views is None or view in views]
+    return [100 * (ours[view] / nats - 1) for view, nats in ours["direct"].items()]
 
 
 def any_to_any(run):
@@ -2759,8 +2761,7 @@ def in_turn(rounds=7, **jobs):
 
 
 def benchmark_stage1(n=8192):
-    views = np.stack(augment.all_views(augment.load_images()[0][:n], ["flip_lr", "flip_ud"]))
-    images, settings = torch.from_numpy(views), settings_of("--epochs", "1")
+    images, settings = train.tensors(augment.load_images()[0][:n], ["flip_lr", "flip_ud"], CPU), settings_of()
     model, same = LAVAE(filters=settings.filters), LAVAE(filters=settings.filters)
     for one in (model, same):
         lavae.tune(one)
@@ -2784,7 +2785,7 @@ def benchmark_stage1(n=8192):
 def benchmark_recipe(n=2048):
     """How long the paper's training takes here: 100 epochs of stage 1 and 60 of stage 2, batch 64, 64 filters. (A
     pass of stage 2 encodes the same views without gradients to encoder or decoder: reckoned as a sixth.)"""
-    images = torch.from_numpy(np.stack(augment.all_views(augment.load_images()[0][:n], ["flip_lr", "flip_ud"])))
+    images = train.tensors(augment.load_images()[0][:n], ["flip_lr", "flip_ud"], CPU)
     model, start = lavae.tune(LAVAE(filters=64)), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         train.stage1(model, images, weights=lavae.WEIGHTS | {"misfit": 0.0}, batch_size=64)

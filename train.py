@@ -84,8 +84,9 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
     """The weights of stage 1's terms at the share t of all steps. The prior's grows for the first
     twentieth: at full weight from the start it can hold all latents at zero. The misfit's grows
-    from 0 to twice its mean: which directions a map reverses, the latents decide early on."""
-    growth = {"kl": min(1, 20 * t), "misfit": 2 * t}
+    with the square of t, to three times its mean: how many directions a map keeps and reverses, the
+    latents must decide first."""
+    growth = {"kl": min(1, 20 * t), "misfit": 3 * t * t}
     return {key: weight * growth.get(key, 1) for key, weight in weights.items()}
 
 
@@ -437,7 +438,7 @@ class Settings:
     recon_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     map_weight: float = option(
         150.0, WEIGHT, "of the maps' misfit in stage 1 (default 150), on average: it grows from 0 "
-        "to twice\nthis; 0 leaves Eq. 5 as the paper has it", metavar="X")
+        "to three\ntimes this; 0 leaves Eq. 5 as the paper has it", metavar="X")
     involution_weight: float = option(
         1.0, WEIGHT, "of |I - L^k|^2 in stage 2 (default 1)", metavar="X")
     paper_involution: bool = option(
@@ -964,7 +965,7 @@ def first_step(settings: Settings, x_train: np.ndarray, y_train: np.ndarray,
     x = pixels(tensors(x_train[:n], settings.augs, device)[model.shown])
     labels = torch.from_numpy(y_train[:n]).long().to(device) if isinstance(model, CVAE) else None
     terms = model.losses(x, torch.Generator().manual_seed(settings.seed), labels,
-                         weights_at(0.05, weights_of(settings)), settings.prior_loss)
+                         weights_at(0.5, weights_of(settings)), settings.prior_loss)
     terms["loss"].backward()
     return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
