@@ -501,14 +501,12 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
         return ImageOps.expand(image, 1, "silver")
 
-    def head(words):  # all are as wide as the widest: so are the columns
-        room = wide - text(words).width
-        return ImageOps.expand(text(words), (room // 2, 0, room - room // 2, 0), "white")
-
-    wide = max(text(words).width for words in columns)
-    heads = [[None, *map(head, columns)]] if any(columns) else []
-    return titled(title, table(heads + [[text(row[0]), *map(tile, row[1])] if row else []
-                                        for row in rows]))
+    heads = [text(words) for words in columns]
+    rooms = [max(head.width for head in heads) - head.width for head in heads]
+    heads = [ImageOps.expand(head, (room // 2, 0, room - room // 2, 0), "white")
+             for head, room in zip(heads, rooms)]  # all as wide as the widest: so are the columns
+    return titled(title, table([[None, *heads]] * any(columns) + [
+        [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

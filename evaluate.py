@@ -384,9 +384,9 @@ def report_seeds(group: Sequence[Measured]) -> None:
                 print(f"LAVAE, transfer to {target}, total:", spread(totals))
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation, as text."""
-    return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
 
 def heatmap_of(groups: Sequence[Sequence[Measured]]) -> dict:

@@ -442,8 +442,8 @@ def learn_jointly(model: LAVAE, start: str, orders: Sequence[int | None],
     """Stages 1 and 2 in one: where stage 1 has the misfit of the best maps for a batch, it gets Eq.
     6 with the model's own. They start at I and learn along ("identity"), or stay what they are:
     diagonals of +1 and -1, every pattern of signs in as many directions ("signs")."""
-    model.joint, loss = start, partial(maps_loss, model.maps, orders, involution_weight)
-    model.misfit = lambda z: loss(*singles(z))
+    model.joint = start
+    model.misfit = lambda z: maps_loss(model.maps, orders, involution_weight, *singles(z))
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
             signs = 1.0 - 2.0 * (torch.arange(model.latent_dim) >> i & 1)
