@@ -530,6 +530,15 @@ class Scene:
     device: torch.device
     seed: int
 
+    def __post_init__(self):
+        """The names of things: augmentations, views, columns, and what is behind z in formulas."""
+        first = next(iter(self.models.values()))
+        self.augs, self.settings, self.names = first.augs, first.settings, view_names(first.augs)
+        self.columns = [CLASSES[self.dataset][label] for label in self.labels]
+        order = range(1, len(self.augs) + 1)
+        self.products = views("", [lambda s, i=i: f"{s} L{i}" for i in order])  # "", " L1", ..
+        self.back = "".join(f" L{i}" for i in reversed(order))  # of the reverse composition
+
     @cached_property
     def result(self) -> dict:
         """What evaluation.json holds: measured when it is first asked for."""
@@ -539,18 +548,6 @@ class Scene:
             return rows
         ours = measure(self.models["lavae"], self.data, self.device)
         return ours | ({"baselines": rows} if rows else {})
-
-    @property
-    def columns(self) -> list[str]:
-        return [CLASSES[self.dataset][label] for label in self.labels]
-
-    @property
-    def augs(self) -> list[str]:
-        return next(iter(self.models.values())).augs
-
-    @property
-    def names(self) -> list[str]:
-        return view_names(self.augs)
 
     def model(self, name: str = "lavae") -> LAVAE | CVAE:
         """The model of that name. Raises Lacking: it is not there."""
@@ -584,16 +581,6 @@ class Scene:
         """The same as rows of a grid, the reverse composition last."""
         rows = list(zip((f"D(z{L})" for L in self.products), self.through_maps(z)))
         return rows + [(f"D(z{self.back})", draw(self.model().decoder, reverse(self.model(), z)))]
-
-    @property
-    def products(self) -> list[str]:
-        """What is written behind z for each view: "", " L1", " L2", " L1 L2"."""
-        return views("", [lambda s, i=i: f"{s} L{i}" for i in range(1, len(self.augs) + 1)])
-
-    @property
-    def back(self) -> str:
-        """What is written behind z for the reverse composition: " L2 L1"."""
-        return "".join(f" L{i}" for i in range(len(self.augs), 0, -1))
 
 
 class Lacking(Exception):
