@@ -351,17 +351,9 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
             if row[key] is not None))
 
 
-@dataclass
-class Measured:
-    """A run and its numbers."""
-    run: Path
-    settings: dict  # what train.py was told
-    result: dict  # evaluation.json
-
-
-def report_seeds(group: Sequence[Measured]) -> None:
+def report_seeds(group: Sequence["Scene"]) -> None:
     """Print mean and standard deviation of runs that differ in their seeds alone."""
-    augs, results = group[0].settings["augs"], [one.result for one in group]
+    augs, results = group[0].augs, [one.result for one in group]
     columns, rows = [*view_names(augs), "total", "identity, %"], []
     for name in LABELS:
         found = [models_of(result)[name] for result in results if name in models_of(result)]
@@ -389,7 +381,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
 
-def heatmap_of(groups: Sequence[Sequence[Measured]]) -> dict:
+def heatmap_of(groups: Sequence[Sequence["Scene"]]) -> dict:
     """The heat-map's numbers: {source: {"native": totals, "separability": .., target: totals}}.
 
     groups: of runs that differ in their seeds alone; of two with one source the first counts.
@@ -402,11 +394,11 @@ def heatmap_of(groups: Sequence[Sequence[Measured]]) -> dict:
             row["separability"].append(one.result["lavae"]["separability"])
             for target, transfer in one.result["transfer"].items():
                 row.setdefault(target, []).append(transfer["total"])
-        table.setdefault("+".join(group[0].settings["augs"]), row)
+        table.setdefault("+".join(group[0].augs), row)
     return table
 
 
-def save_heatmap(dataset: str, groups: Sequence[Sequence[Measured]]) -> None:
+def save_heatmap(dataset: str, groups: Sequence[Sequence["Scene"]]) -> None:
     """Print the heat-map of one data set, and write it into the folder of its first run's folder.
     Raises OSError."""
     folder, table = groups[0][0].run.parent, heatmap_of(groups)
@@ -1084,12 +1076,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             elif options.only:
                 missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
             else:
-                measured.append(evaluate_all(scene))
+                evaluate_all(scene)
+                measured.append(scene)
         groups = repeats(measured)
         for group in groups:
             report_seeds(group)
         for dataset in dict.fromkeys(scene.dataset for scene in scenes) if options.heatmap else ():
-            save_heatmap(dataset, [g for g in groups if g[0].settings["dataset"] == dataset])
+            save_heatmap(dataset, [group for group in groups if group[0].dataset == dataset])
     except BrokenPipeError:  # who reads the table has seen enough
         return
     except KeyboardInterrupt:
@@ -1143,7 +1136,7 @@ def scenes_of(options: argparse.Namespace) -> list[Scene]:
     return scenes
 
 
-def evaluate_all(scene: Scene) -> Measured:
+def evaluate_all(scene: Scene) -> None:
     """Print the tables of a run, and write evaluation.json and the figures that it can have."""
     print(f"\n{scene.run}: {' and '.join(scene.augs)}, {scene.dataset}, "
           f"{len(scene.data[2]):,} test images")
@@ -1151,7 +1144,6 @@ def evaluate_all(scene: Scene) -> Measured:
     (scene.run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
     print()
     draw_figures(scene, [*FIGURES])
-    return Measured(scene.run, next(iter(scene.models.values())).settings, scene.result)
 
 
 @torch.no_grad()
@@ -1196,24 +1188,20 @@ def differing(a: dict, b: dict, *free: str) -> list[str]:
     return [key for key in {**a, **b} if key not in free and a.get(key) != b.get(key)]
 
 
-def repeats(runs: Sequence[Measured]) -> list[list[Measured]]:
+def repeats(runs: Sequence[Scene]) -> list[list[Scene]]:
     """The runs in groups that differ in nothing but the seed. Prints which of them have the same
     model and augmentations as others, and are no repeats all the same."""
     groups = []
     for one in runs:
-        for group in groups:
-            others = differing(group[0].settings, one.settings, "seed", "device")
-            if not others:
-                group.append(one)
+        apart = [differing(group[0].settings, one.settings, "seed", "device") for group in groups]
+        if [] in apart:
+            groups[apart.index([])].append(one)
+            continue
+        for (first, *_), others in zip(groups, apart):
+            if not {"dataset", "model", "augs"} & {*others}:
+                print(f"{one.run} is no repeat of {first.run}: it differs in {', '.join(others)}")
                 break
-        else:
-            for first, *_ in groups:
-                others = differing(first.settings, one.settings, "seed", "device")
-                if not {"dataset", "model", "augs"} & {*others}:
-                    print(f"{one.run} is no repeat of {first.run}: it differs in "
-                          f"{', '.join(others)}")
-                    break
-            groups.append([one])
+        groups.append([one])
     return groups
 
 
