@@ -35,7 +35,7 @@ from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, grid,
                      like_mnist, load_images, one_of_each, table, text, titled, view_names,
                      views)
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
@@ -102,9 +102,7 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
 
 def reverse(model: LAVAE, z: Tensor) -> Tensor:
     """z L_K .. L_2 L_1: composed in the other order than that of the last view."""
-    for latent_map in reversed(model.maps):
-        z = latent_map(z)
-    return z
+    return through(z, reversed(model.maps))
 
 
 def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
@@ -123,10 +121,7 @@ def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
 
 def powers(x, maps: Sequence[Callable], exponents: Sequence[int]):
     """x under the first map as often as the first exponent says, then under the second, .."""
-    for f, n in zip(maps, exponents):
-        for _ in range(n):
-            x = f(x)
-    return x
+    return through(x, (f for f, n in zip(maps, exponents) for _ in range(n)))
 
 
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -18,8 +18,8 @@ import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -90,6 +90,11 @@ def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 
 
 # ---------------------------------------------------------------- the maps and the model
+
+
+def through(x, maps: Iterable[Callable]):
+    """x under the first map, then under the second, .."""
+    return reduce(lambda x, f: f(x), maps, x)
 
 
 class LatentMap(nn.Module):
@@ -187,54 +192,41 @@ class LAVAE(nn.Module):
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
         """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
-        for i, latent_map in enumerate(self.maps):
-            if view >> i & 1:
-                z = latent_map(z)
-        return z
+        return through(z, (f for i, f in enumerate(self.maps) if view >> i & 1))
 
     def from_view(self, z: Tensor, view: int) -> Tensor:
         """The way back, z L_2^-1 L_1^-1 for view 3."""
-        for i, latent_map in reversed([*enumerate(self.maps)]):
-            if view >> i & 1:
-                z = latent_map.inverse(z)
-        return z
+        maps = [f.inverse for i, f in enumerate(self.maps) if view >> i & 1]
+        return through(z, reversed(maps))
 
     # For notebooks: images in [0, 1], (B, 28, 28), in and out, on the model's device.
 
     @torch.no_grad()
     def augment(self, x: Tensor, *names: str) -> Tensor:
         """x under the named augmentations, the left one first: D(E(x) L L ..)."""
-        z = self.encoder(x)[0]
-        for name in names:
-            z = self.maps[self._place(name)](z)
-        return self.decoder(z).sigmoid()
+        return self.decoder(through(self.encoder(x)[0], map(self._map, names))).sigmoid()
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
         """From any view to any: D(E(x) L_source^-1 L_target). Views are named as in the tables, the
         left name goes first: "flip_lr+flip_ud", "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw"."""
-        z = self.encoder(x)[0]
-        for name in reversed(self._names(source)):
-            z = self.maps[self._place(name)].inverse(z)
-        for name in self._names(target):
-            z = self.maps[self._place(name)](z)
-        return self.decoder(z).sigmoid()
+        back = [f.inverse for f in reversed(self._maps(source))]
+        return self.decoder(through(self.encoder(x)[0], back + self._maps(target))).sigmoid()
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
         """A part of an augmentation: D(E(x) L^t), with 0 <= t <= 1; see `matrix_power`."""
-        L = matrix_power(self.maps[self._place(name)].L, t)
+        L = matrix_power(self._map(name).L, t)
         return self.decoder(self.encoder(x)[0] @ L).sigmoid()
 
-    @staticmethod
-    def _names(view):  # "a^2+b" is a, a, b
+    def _maps(self, view):  # "a^2+b": those of a, a, b
         parts = [part.partition("^") for part in view.split("+") if part != "orig"]
-        return [name for name, _, n in parts for _ in range(int(n or 1))]
+        return [self._map(name) for name, _, n in parts for _ in range(int(n or 1))]
 
-    def _place(self, name):
+    def _map(self, name):
         if name not in self.augs:
             raise ValueError(f"this model has no {name!r}: choose from {', '.join(self.augs)}")
-        return self.augs.index(name)
+        return self.maps[self.augs.index(name)]
 
 
 def matrix_power(L: Tensor, t: float) -> Tensor:
@@ -426,10 +418,7 @@ class NonlinearMap(nn.Sequential):
 
         Nothing is asked of the map where the order is None.
         """
-        again = z
-        for _ in range(order or 0):
-            again = self(again)
-        return (z - again).square().sum() / len(z)
+        return (z - through(z, [self] * (order or 0))).square().sum() / len(z)
 
 
 LATENT_MAPS = {"linear": LatentMap,
