@@ -117,7 +117,41 @@ class LatentMap(nn.Module):
         return order_error(self.L, order)
 
 
-class LAVAE(nn.Module):
+class VAE(nn.Module):
+    """What stage 1 needs of a model: a LAVAE, or the CVAE among the baselines."""
+
+    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
+               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
+        """What stage 1 minimises: Eq. 5, and a LAVAE's pinch of Eq. 6 so that there are maps to
+        find.
+
+        x: as `forward` takes it. weights: of the terms, by their names. Returns "loss", their
+        weighted sum, and the terms: "bce" and "kl" in nats an image ("kl" even where it is another
+        prior's, "mmd"), and "misfit".
+        """
+        logits, mu, logvar = self(x, noise, labels)
+        terms = {"bce": bce(logits, x.flatten(0, 1)),
+                 "kl": kl(mu, logvar) if prior == "kl" else mmd(mu, logvar, noise)}
+        if self.has_misfit(weights):
+            terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
+        return {"loss": sum((weights or WEIGHTS)[key] * term for key, term in terms.items()),
+                **terms}
+
+    def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
+        """Whether stage 1 asks for maps."""
+        return False
+
+    def least_images(self, weights: dict[str, float] | None = None) -> int:
+        """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
+        latents without much misfit, so twice as many."""
+        return 2 * self.latent_dim if self.has_misfit(weights) else 1
+
+    def stage1_parameters(self) -> list[Tensor]:
+        """What learns in stage 1."""
+        return [*self.encoder.parameters(), *self.decoder.parameters()]
+
+
+class LAVAE(VAE):
     """Encoder, decoder, a map for every augmentation, and a decoder head for every transfer.
 
     Args:
@@ -149,23 +183,11 @@ class LAVAE(nn.Module):
             "+".join(names): Decoder(latent_dim, filters, hidden=HEAD_WIDTH * filters)
             for names in self.transfers})
 
-    def forward(self, x: Tensor, noise: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, noise: torch.Generator | None = None,
+                labels: Tensor | None = None) -> tuple[Tensor, ...]:
         """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
         mu, logvar = self.encoder(x.flatten(0, 1))
         return self.decoder(sample(mu, logvar, noise)), mu, logvar
-
-    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
-               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
-        """What stage 1 minimises: Eq. 5, and a pinch of Eq. 6 so that there are maps to find.
-
-        x: as `forward` takes it. weights: of the terms, by their names. Returns "loss" and its
-        terms: "bce" and "kl" in nats an image, and "misfit".
-        """
-        logits, mu, logvar = self(x, noise)
-        terms = elbo(logits, x, mu, logvar, prior, noise)
-        if self.has_misfit(weights):
-            terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
-        return weighted(terms, weights)
 
     def misfit(self, z: Tensor) -> Tensor:
         """How far a batch is from having maps that keep lengths and come back, `turn_misfit`."""
@@ -175,15 +197,10 @@ class LAVAE(nn.Module):
         """Whether stage 1 asks for maps: not where it sees one view alone."""
         return (weights or WEIGHTS).get("misfit", 0) > 0 and len(self.shown) > 1
 
-    def least_images(self, weights: dict[str, float] | None = None) -> int:
-        """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
-        latents without much misfit, so twice as many."""
-        return 2 * self.latent_dim if self.has_misfit(weights) else 1
-
     def stage1_parameters(self) -> list[Tensor]:
         """What learns in stage 1."""
-        return [*self.encoder.parameters(), *self.decoder.parameters(),
-                *(self.maps.parameters() if self.joint == "identity" else [])]
+        joint = self.maps.parameters() if self.joint == "identity" else []
+        return [*super().stage1_parameters(), *joint]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -278,19 +295,6 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of the terms of stage 1
-
-
-def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior: str = "kl",
-         noise: torch.Generator | None = None) -> dict[str, Tensor]:
-    """The terms of Eq. 5, for the views x (V, B, 28, 28) and what a model makes of them; the second
-    is called "kl" even where it is another prior's, "mmd"."""
-    return {"bce": bce(logits, x.flatten(0, 1)),
-            "kl": kl(mu, logvar) if prior == "kl" else mmd(mu, logvar, noise)}
-
-
-def weighted(terms: dict[str, Tensor], weights: dict[str, float] | None) -> dict[str, Tensor]:
-    """The terms, and before them their weighted sum, "loss"."""
-    return {"loss": sum((weights or WEIGHTS)[key] * term for key, term in terms.items()), **terms}
 
 
 def singles(views: Sequence) -> list:
@@ -463,7 +467,7 @@ def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) ->
 # ---------------------------------------------------------------- the baseline
 
 
-class CVAE(nn.Module):
+class CVAE(VAE):
     """The paper's baseline: encoder and decoder are told a condition, the latents carry the rest.
 
     condition: what they are told, as numbers beside the features and beside z:
@@ -507,20 +511,6 @@ class CVAE(nn.Module):
         each = len(x) // len(source)  # times that an image is decoded
         z = sample(mu.repeat(each, 1), logvar.repeat(each, 1), noise)
         return self.decoder(torch.cat([z, condition], 1)), mu, logvar
-
-    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
-               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
-        """What stage 1 minimises: "loss" and its terms, "bce" and "kl"; as the LAVAE's."""
-        logits, mu, logvar = self(x, noise, labels)
-        return weighted(elbo(logits, x, mu, logvar, prior, noise), weights)
-
-    def least_images(self, weights: dict[str, float] | None = None) -> int:
-        """The fewest images that a step of stage 1 may show."""
-        return 1
-
-    def stage1_parameters(self) -> list[Tensor]:
-        """What learns in stage 1: all."""
-        return [*self.parameters()]
 
     @torch.no_grad()
     def encode(self, images: Tensor, view: int = 0, labels: Tensor | None = None) -> Tensor:
