@@ -369,13 +369,21 @@ WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
 SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")
 
 
-def option(default, accepts, words: str, **more) -> object:
+def option(default, accepts, words: str, forgets=False, models=(*MODELS,), **more) -> object:
     """A field of Settings that is an option of the command line.
 
-    accepts: bool for a flag, the choices, or what reads the text. more: metavar; many=True for
-    several values; models, the --model that it goes with; forgets=True, if no result depends on it.
+    accepts: bool for a flag, the choices, or what reads the text. forgets: no result depends on it.
+    models: the --model that it goes with. more: for argparse.
     """
-    return field(default=default, metadata=dict(accepts=accepts, help=words, **more))
+    kind = "action" if accepts is bool else "type" if callable(accepts) else "choices"
+    keywords = {"help": words, kind: "store_true" if accepts is bool else accepts, **more}
+    return field(default=default, metadata=dict(accepts=accepts, forgets=forgets, models=models,
+                                                keywords=keywords))
+
+
+def flag_of(name: str) -> str:
+    """How the command line calls a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def read(name: str, accepts, value, depth: int = 0):
@@ -417,10 +425,10 @@ class Settings:
         forgets=True)
     augs: list = option(
         None, AUGMENTATIONS, "augmentations to learn, in the order in which they compose\n"
-        f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}", many=True, metavar="A")
+        f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}", nargs="+", metavar="A")
     transfer: list = option(
         None, AUGMENTATIONS, "train a further decoder head that draws these, one for each of "
-        "--augs;\nmay be repeated (default shear_x canny, where --augs are two)", many=True,
+        "--augs;\nmay be repeated (default shear_x canny, where --augs are two)", nargs="+",
         action="append", metavar="B", models=["lavae", "vae"])
     no_transfer: bool = option(False, bool, "leave stage 3 out", forgets=True)
     preset: str = option("laptop", PRESETS, "(default laptop)\n" + "\n".join(
@@ -468,16 +476,19 @@ class Settings:
     out: Path = option(
         None, Path, "the run folder (default runs/ and the names of --augs, joined by +;\n"
         "a baseline's name before them)", metavar="DIR", forgets=True)
-    one_of_several: bool = field(default=False, metadata=dict(forgets=True))  # no option
 
     def __post_init__(self):
         for f in fields(self):
-            value, accepts = getattr(self, f.name), f.metadata.get("accepts")
-            if accepts is not None and not (value is None and f.default is None):
-                depth = ("many" in f.metadata) + ("action" in f.metadata)
-                setattr(self, f.name, read("--" + f.name.replace("_", "-"), accepts, value, depth))
-        for words in self._clashes():
-            raise ValueError(words)
+            value, name, keywords = getattr(self, f.name), flag_of(f.name), f.metadata["keywords"]
+            if value is None and f.default is None:
+                continue
+            depth = ("nargs" in keywords) + (keywords.get("action") == "append")
+            value = read(name, f.metadata["accepts"], value, depth)
+            setattr(self, f.name, value)
+            if value and value != f.default and self.model not in f.metadata["models"]:
+                raise ValueError(f"{name} does not go with --model {self.model}, only with "
+                                 f"{' and '.join(f.metadata['models'])}: leave one out")
+        self._refuse_clashes()
         for key, value in PRESETS[self.preset].items():
             setattr(self, key, value if getattr(self, key) is None else getattr(self, key))
         self.augs = self.augs or [*PAIRS[0]]
@@ -502,27 +513,20 @@ class Settings:
         return (f"{MODELS[self.model].format(told=told)}: {' and '.join(self.augs)}, on "
                 f"{self.dataset}; {self.preset} preset, {self.device}, seed {self.seed}")
 
-    def _clashes(self):  # what is wrong with the settings as they were given
-        for f in fields(self):
-            value, option_name = getattr(self, f.name), "--" + f.name.replace("_", "-")
-            if value == f.default:
-                continue
-            models = f.metadata.get("models", [self.model])
-            if value and self.model not in models:
-                yield (f"{option_name} does not go with --model {self.model}, only with "
-                       f"{' and '.join(models)}: leave one out")
+    def _refuse_clashes(self):
         if self.all_targets and not self.heatmap:
-            yield "--all-targets goes with --heatmap only: add it, or leave it out"
+            raise ValueError("--all-targets goes with --heatmap only: add it, or leave it out")
         if self.heatmap and (self.augs or self.transfer or self.no_transfer or self.baselines):
-            yield ("--heatmap names the augmentations and transfers itself, and trains no "
-                   "baselines: leave --augs, --transfer, --no-transfer and --baselines out")
+            raise ValueError(
+                "--heatmap names the augmentations and transfers itself, and trains no "
+                "baselines: leave --augs, --transfer, --no-transfer and --baselines out")
         for a, b in (("resume", "overwrite"), ("transfer", "no_transfer")):
             if getattr(self, a) and getattr(self, b):
-                yield (f"--{a} and --{b.replace('_', '-')} exclude each other: leave one out")
+                raise ValueError(f"--{a} and {flag_of(b)} exclude each other: leave one out")
         if self.joint == "signs" and self.latent_map != "linear":
-            yield "--joint signs is a start for linear maps: leave --latent-map out"
+            raise ValueError("--joint signs is a start for linear maps: leave --latent-map out")
         if self.joint and not self.map_weight:
-            yield "--joint needs a --map-weight above 0"
+            raise ValueError("--joint needs a --map-weight above 0")
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -530,17 +534,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(  # without a usage line, an error is one line
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Settings):
-        if "help" not in f.metadata:
-            continue
-        words, accepts = dict(f.metadata), f.metadata["accepts"]
-        keywords = {key: words[key] for key in ("help", "metavar", "action") if key in words}
-        if accepts is bool:
-            keywords["action"] = "store_true"
-        else:
-            keywords["type" if callable(accepts) else "choices"] = accepts
-        if "many" in words:
-            keywords["nargs"] = "+"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **keywords)
+        parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **f.metadata["keywords"])
     return parser
 
 
@@ -559,7 +553,7 @@ def runs_of(settings: Settings) -> list[Settings]:
     """
     def changed(name, **changes):
         return replace(settings, out=settings.out / name, baselines=False, heatmap=False,
-                       all_targets=False, one_of_several=True, **changes)
+                       all_targets=False, **changes)
 
     if settings.heatmap:
         targets = PAIRS + MORE_TARGETS * settings.all_targets
@@ -572,7 +566,7 @@ def runs_of(settings: Settings) -> list[Settings]:
 def config_of(settings: Settings) -> dict:
     """What decides the result, as plain data."""
     return {f.name: getattr(settings, f.name) for f in fields(settings)
-            if not f.metadata.get("forgets")}
+            if not f.metadata["forgets"]}
 
 
 # ---------------------------------------------------------------- from settings to a model
@@ -692,7 +686,8 @@ def run(settings: Settings) -> LAVAE | CVAE:
     with contextlib.ExitStack() as held:
         for one in runs:
             held.enter_context(locked(one.out))
-        unfinished = [one for one in runs if has_work(one)]
+        keep = settings.resume or settings.baselines or settings.heatmap
+        unfinished = [one for one in runs if has_work(one, keep)]
         for one in unfinished:
             begin(one)
         try:
@@ -773,9 +768,10 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def has_work(settings: Settings) -> bool:
-    """Whether there is work to do: not where --resume, --baselines or --heatmap finds the finished
-    run. Changes nothing. Raises OSError, ValueError: something there must not be lost.
+def has_work(settings: Settings, keep: bool) -> bool:
+    """Whether there is work to do: not where --resume, --baselines or --heatmap, which keep what is
+    finished, find it. Changes nothing. Raises OSError, ValueError: something there must not be
+    lost.
     """
     out, config = settings.out, config_of(settings)
     finished, begun = out / "model.pt", out / "state.pt"
@@ -791,7 +787,7 @@ def has_work(settings: Settings) -> bool:
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
                                   "over with --overwrite, or choose another --out")
     elif finished.is_file():
-        if not (settings.resume or settings.baselines or settings.one_of_several):
+        if not keep:
             raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
                                   "choose another --out")
         check_same(finished, lavae.load(finished).settings, config)
