@@ -607,7 +607,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     torch.manual_seed(settings.seed)
     device, history, seconds = torch.device(settings.device), {}, {}
     model = lavae.tune(build(settings).to(device))
-    diary = Diary(settings.out / "state.pt", config_of(settings))
+    diary = Diary(settings.out / "state.pt")
     schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed, diary=diary)
 
     def timed(name, f, *arguments, **more):
@@ -625,7 +625,8 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
           f"of {len(images)} views of {len(x_train):,} images")
     labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
     timed("stage 1", stage1, model, images, labels, weights_of(settings), settings.prior_loss,
-          epochs=settings.epochs, film=Film.of(settings, model, images), **schedule)
+          film=Film(settings, model, images) if settings.record else None,
+          epochs=settings.epochs, **schedule)
     if isinstance(model, LAVAE):
         print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
         latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
@@ -773,12 +774,12 @@ def has_work(settings: Settings, keep: bool) -> bool:
     finished, find it. Changes nothing. Raises OSError, ValueError: something there must not be
     lost.
     """
-    out, config = settings.out, config_of(settings)
+    out = settings.out
     finished, begun = out / "model.pt", out / "state.pt"
     if settings.overwrite:
         return True
     if begun.is_file():
-        pages = Diary(begun, config).pages
+        pages = Diary(begun).pages
         if settings.resume:
             was = pages.get("config")  # an older one does not say whether a film was wanted
             check_same(begun, {"record": settings.record, **was} if isinstance(was, dict) else was,
@@ -790,7 +791,7 @@ def has_work(settings: Settings, keep: bool) -> bool:
         if not keep:
             raise FileExistsError(f"{out} holds a finished run: start over with --overwrite, or "
                                   "choose another --out")
-        check_same(finished, lavae.load(finished).settings, config)
+        check_same(finished, lavae.load(finished).settings, config_of(settings))
         print(f"{out} is finished already, with the same settings: kept")
         return False
     return True
@@ -825,13 +826,12 @@ class Diary:
     Each call of `fit` has a page there, by its name. All else is quick and is done again.
     """
 
-    def __init__(self, path: Path, config: dict):
-        self.path, self.pages = path, {"config": config}
-        if path.is_file():
-            try:
-                self.pages = lavae.read(path)
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: start over with --overwrite") from error
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.pages = lavae.read(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: start over with --overwrite") from error
 
     def recall(self, name: str, parameters: list[Tensor], moving: dict) -> list[dict]:
         """Set all to where it was; returns the history, empty where nothing was noted."""
@@ -872,16 +872,11 @@ class Film:
     A frame is the latents of 150 images under all views, and what ten of them decode to.
     """
 
-    def __init__(self, model: LAVAE, images: Tensor, path: Path, every: int):
-        self.model, self.images, self.path, self.every = model, images[:, :150], path, every
-        self.taken = {"step": 0, "steps": [], "latents": [], "drawn": []}
-
-    @classmethod
-    def of(cls, settings: Settings, model: LAVAE, images: Tensor) -> "Film | None":
-        """The film of a run, where one is wanted."""
+    def __init__(self, settings: Settings, model: LAVAE, images: Tensor):
         steps = images.shape[1] * settings.epochs // step_of(model, settings)
-        path = settings.out / "recording.pt"
-        return cls(model, images, path, max(1, steps // 32)) if settings.record else None
+        self.path, self.every = settings.out / "recording.pt", max(1, steps // 32)
+        self.model, self.images = model, images[:, :150]
+        self.taken = {"step": 0, "steps": [], "latents": [], "drawn": []}
 
     def look(self) -> None:
         """To be called before each step; takes a frame and writes it where one is due."""
@@ -904,7 +899,7 @@ class Film:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there: what came later is forgotten."""
-        self.taken = {key: value if key == "step" else [*value] for key, value in state.items()}
+        self.taken = state
 
 
 def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
