@@ -174,7 +174,7 @@ class LAVAE(VAE):
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
         self.latent_dim, self.joint = latent_dim, None  # see `learn_jointly`
-        self.orders: list[int | None] = [None] * len(self.augs)  # for stage 1, see `turn_misfit`
+        self.orders: list[int | None] = [None] * len(self.augs)  # see `order_error`
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
@@ -430,13 +430,12 @@ LATENT_MAPS = {"linear": LatentMap,
                "mlp-wide": partial(NonlinearMap, hidden=(256, 256))}
 
 
-def learn_jointly(model: LAVAE, start: str, orders: Sequence[int | None],
-                  involution_weight: float = 1.0) -> None:
+def learn_jointly(model: LAVAE, start: str, involution_weight: float = 1.0) -> None:
     """Stages 1 and 2 in one: where stage 1 has the misfit of the best maps for a batch, it gets Eq.
     6 with the model's own. They start at I and learn along ("identity"), or stay what they are:
     diagonals of +1 and -1, every pattern of signs in as many directions ("signs")."""
     model.joint = start
-    model.misfit = lambda z: maps_loss(model.maps, orders, involution_weight, *singles(z))
+    model.misfit = lambda z: maps_loss(model.maps, model.orders, involution_weight, *singles(z))
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
             signs = 1.0 - 2.0 * (torch.arange(model.latent_dim) >> i & 1)

@@ -483,7 +483,8 @@ def test_the_misfit_asks_a_map_to_do_the_same_to_every_view_that_it_comes_after(
     model = LAVAE(["flip_lr", "rotate_cw"], filters=1)
     model.misfit(latents := torch.randn(4, 40, 16, generator=generator, requires_grad=True)).backward()
     assert (latents.grad.abs().sum((1, 2)) > 0).all()
-    lavae.learn_jointly(model, "signs", [2, 4])  # Eq. 6 with the model's maps: of originals alone
+    model.orders = orders
+    lavae.learn_jointly(model, "signs")  # Eq. 6 with the model's maps: of originals alone
     model.misfit(latents := latents.detach().requires_grad_()).backward()
     assert (latents.grad[:3].abs().sum((1, 2)) > 0).all() and not latents.grad[3].any()
 
@@ -576,7 +577,8 @@ def maps_of(z, *targets, augs=("flip_lr", "flip_ud"), involution_weight=1.0, pap
     """What stage 2 learns from z and its targets."""
     augs = augs[:len(targets)]
     model = LAVAE(augs, latent_dim=z.shape[1], filters=1)
-    train.stage2(model, [z, *targets], train.orders_of(augs, paper_involution), involution_weight)
+    model.orders = train.orders_of(augs, paper_involution)
+    train.stage2(model, [z, *targets], involution_weight)
     return [latent_map.L.detach() for latent_map in model.maps]
 
 
@@ -613,7 +615,8 @@ def test_stage2_goes_on_until_it_has_settled():
     mixed = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
     z_i = (z @ turn + 0.05 * torch.randn(3000, 48, generator=generator)) @ mixed
     model = LAVAE(["rotate_cw"], latent_dim=48, filters=1)
-    row, = train.stage2(model, [z @ mixed, z_i], [4])
+    model.orders = [4]
+    row, = train.stage2(model, [z @ mixed, z_i])
     statistics = lavae.moments(z @ mixed, z_i)
 
     def loss(flat):
@@ -670,7 +673,8 @@ def test_stage2_tries_the_other_roots(known_maps, monkeypatch):
             assert torch.equal(candidates[0], start) and 3 <= len(candidates) <= 10
             assert lavae.order_error(candidates[1:], order).max() < 1e-6
             model = LAVAE(["rotate_cw"], latent_dim=8, filters=1)
-            row, = train.stage2(model, [z, z_i], [order])
+            model.orders = [order]
+            row, = train.stage2(model, [z, z_i])
 
             def loss_of(L):
                 return lavae.map_error(L, *statistics) + lavae.order_error(L, order)

@@ -90,12 +90,11 @@ def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
     return {key: weight * growth.get(key, 1) for key, weight in weights.items()}
 
 
-def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
-           involution_weight: float = 1.0) -> list[dict]:
+def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0) -> list[dict]:
     """Learn the maps (Eq. 6); the compositions are never shown.
 
-    latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each; orders: the k
-    of each map, see `lavae.order_error`.
+    latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each. The k of each
+    map are `model.orders`, see `lavae.order_error`.
 
     The loss is quadratic in the latents, so their second moments say all: one pass over the data,
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
@@ -106,7 +105,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None]
     settled.
     """
     history = []
-    for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], orders):
+    for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
         statistics = moments(latents[0], z_i)
 
         def loss_of(L):
@@ -210,13 +209,13 @@ def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> 
     return L.detach(), False
 
 
-def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[int | None],
-                     involution_weight: float = 1.0, **schedule) -> list[dict]:
+def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0,
+                     **schedule) -> list[dict]:
     """Stage 2 of the ablations; arguments and result as there, and `fit`'s schedule.
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
-    loss = partial(lavae.maps_loss, model.maps, orders, involution_weight)
+    loss = partial(lavae.maps_loss, model.maps, model.orders, involution_weight)
     if not model.joint:
         fit("stage 2", lambda index, _: {"loss": loss(*(z[index] for z in latents))},
             (1, len(latents[0])), [*model.maps.parameters()], epochs=MLP_EPOCHS, **schedule)
@@ -224,7 +223,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], orders: Sequence[i
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
                  "penalty": f.order_error(order, z).item()}
-                for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:], orders)]
+                for aug, f, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders)]
 
 
 # ---------------------------------------------------------------- the loop of stages 1 and 3
@@ -580,12 +579,11 @@ def build(settings: Settings) -> LAVAE | CVAE:
         return CVAE(settings.augs, told, **size)
     model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
                   originals_only=settings.model == "vae", **size)
-    model.orders = orders_of(settings.augs)
+    model.orders = orders_of(settings.augs, settings.paper_involution)
     if settings.paper_involution:
         model.misfit = lambda z: lavae.misfit(*singles(z))
     if settings.joint:
-        lavae.learn_jointly(model, settings.joint, orders_of(settings.augs,
-                            settings.paper_involution), settings.involution_weight)
+        lavae.learn_jointly(model, settings.joint, settings.involution_weight)
     return model
 
 
@@ -631,10 +629,9 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
         print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
         latents = timed("encoding", lambda: [model.encode(v) for v in singles(images)])
         del history["encoding"]
-        orders = orders_of(settings.augs, settings.paper_involution)
         linear = settings.latent_map == "linear" and not settings.joint
         learn = stage2 if linear else partial(stage2_ablations, **schedule)
-        for row in timed("stage 2", learn, model, latents, orders, settings.involution_weight):
+        for row in timed("stage 2", learn, model, latents, settings.involution_weight):
             print(f"  map {row['map']}, " + ", ".join(
                 f"{key} {value:.2g}" for key, value in row.items() if type(value) is float)
                 + ("" if row.get("settled", True) else ": not settled, it would still fall"))
