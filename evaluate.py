@@ -277,15 +277,10 @@ def models_of(result: dict) -> dict[str, dict]:
     return {name: rows[name] for name in LABELS if name in rows}
 
 
-def paper_table(dataset: str, augs: Sequence[str]) -> dict[str, list[float]]:
-    """The paper's Table I for these augmentations, by --model: each view. Empty where it has none;
-    all its numbers are MNIST's."""
-    return PAPER_TABLE.get("+".join(augs), {}) if dataset == "mnist" else {}
-
-
-def paper_totals(dataset: str, source: str) -> dict[str, float]:
-    """The paper's totals for this source pair, by target pair; likewise."""
-    return PAPER_TOTALS.get(source, {}) if dataset == "mnist" else {}
+def of_paper(numbers: dict[str, dict], dataset: str, source: str) -> dict:
+    """The paper's numbers for these augmentations: of PAPER_TABLE by --model, of PAPER_TOTALS by
+    target pair. Empty where it has none; all of them are MNIST's."""
+    return numbers.get(source, {}) if dataset == "mnist" else {}
 
 
 def label_of(name: str, row: dict) -> str:
@@ -297,8 +292,8 @@ def label_of(name: str, row: dict) -> str:
 def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     """Print the tables of a run, the paper's numbers beneath where it has them."""
     source, names = "+".join(augs), view_names(augs)
-    columns, paper = [*names, "total"], paper_table(dataset, augs)
-    totals = paper_totals(dataset, source)
+    columns, paper = [*names, "total"], of_paper(PAPER_TABLE, dataset, source)
+    totals = of_paper(PAPER_TOTALS, dataset, source)
     rows = []
     for name, row in models_of(result).items():
         rows.append((label_of(name, row), [row[c] for c in columns]))
@@ -414,7 +409,7 @@ def report_heatmap(dataset: str, table: dict) -> None:
         (source, [statistics.mean(row[key]) * (100 if key == "separability" else 1)
                   if key in row else None for key in targets]) for source, row in table.items()])
     cells = [(statistics.mean(totals), paper) for source, row in table.items()
-             for target, paper in paper_totals(dataset, source).items()
+             for target, paper in of_paper(PAPER_TOTALS, dataset, source).items()
              if (totals := cell_of(row, source, target))]
     if cells:
         print(f"{sum(ours < paper for ours, paper in cells)} of {len(cells)} cells are below the "
@@ -574,16 +569,14 @@ class Lacking(Exception):
     """A run cannot have a figure; the message says what it needs."""
 
 
-FIGURES: dict[str, tuple[Callable, str]] = {}  # name: what draws it, what it shows
+FIGURES: dict[str, Callable] = {}  # by name; --list prints their docstrings
 
 
-def figure(words: str) -> Callable:
+def figure(f: Callable) -> Callable:
     """Enter a function in FIGURES. It takes a Scene and returns a page, a list of pages (a GIF), or
     pages by name. It raises Lacking where the run lacks what it needs."""
-    def enter(f):
-        FIGURES[f.__name__] = (f, words)
-        return f
-    return enter
+    FIGURES[f.__name__] = f
+    return f
 
 
 def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: tuple[Sequence, Sequence]) -> list:
@@ -686,7 +679,7 @@ def heatmap(dataset: str, table_of: dict) -> Image.Image:
     rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "views+told apart"])]]
     for source, row in table_of.items():
         cells = [heatmap_cell(cell_of(row, source, c), row.get(c) if source == c else None,
-                              paper_totals(dataset, source).get(c)) for c in columns]
+                              of_paper(PAPER_TOTALS, dataset, source).get(c)) for c in columns]
         rows.append([text(source.replace("+", "\n"), 26), *cells,
                      text(f"{statistics.mean(row['separability']):.1%}", 44)])
     colours = "blue: below the paper's, red: above; " if dataset == "mnist" else f"{dataset}; "
@@ -713,16 +706,18 @@ def heatmap_cell(totals: Sequence[float], renewed: Sequence[float] | None,
 # ---------------------------------------------------------------- the paper's figures
 
 
-@figure("Fig. 3: every view drawn from the original's latent")
+@figure
 def fig3_views(s):
+    """Fig. 3: every view drawn from the original's latent"""
     z = s.encode(s.digits)
     return grid(f"Augment in latent space: {' and '.join(s.augs)}", s.columns, [
         *view_rows(s.augs, s.digits, ([f"D(E(x){L})" for L in s.products], s.through_maps(z))),
         None, (f"reverse D(E(x){s.back})", draw(s.model().decoder, reverse(s.model(), z)))])
 
 
-@figure("Fig. 4: every view back to the original")
+@figure
 def fig4_inverses(s):
+    """Fig. 4: every view back to the original"""
     model = s.model()
     rows = [("orig", s.digits), ("D(E(x))", draw(model.decoder, s.encode(s.digits)))]
     for v, (name, view, L) in enumerate(zip(s.names, all_views(s.digits, s.augs), s.products)):
@@ -733,8 +728,9 @@ def fig4_inverses(s):
     return grid(f"Back to the original: {' and '.join(s.augs)}", s.columns, rows)
 
 
-@figure("Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane")
+@figure
 def fig5_recursion(s, rounds=7):
+    """Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane"""
     model, x, rows, path = s.planar(), s.digits, [("x", s.digits)], [s.encode(s.digits)]
     for k in range(1, rounds + 1):
         x = draw(model.decoder, model.maps[0](s.encode(x)))
@@ -762,8 +758,9 @@ def drift(path: np.ndarray, order: int | None) -> np.ndarray:
     return np.linalg.norm(path[b] - path[a], axis=1)
 
 
-@figure("Fig. 6: the same latents drawn by the decoder of each transfer")
+@figure
 def fig6_transfer(s):
+    """Fig. 6: the same latents drawn by the decoder of each transfer"""
     model, z = s.model(), s.encode(s.digits)
     if not model.transfers:
         raise Lacking("needs a transfer: train with --transfer")
@@ -775,8 +772,9 @@ def fig6_transfer(s):
         for augs, (key, head) in zip(model.transfers, model.heads.items())}
 
 
-@figure("Fig. 8: the naive CVAE, its condition changed")
+@figure
 def fig8_cvae(s):
+    """Fig. 8: the naive CVAE, its condition changed"""
     model = s.model("cvae")
     if model.arguments["condition"] == "digit":  # it knows of no views
         z = latents_of_views(model, s.digits, s.labels, s.device)[0][:, :model.latent_dim]
@@ -789,8 +787,9 @@ def fig8_cvae(s):
         s.augs, s.digits, ([f"D(z, {name})" for name in s.names], drawn)))
 
 
-@figure("Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE")
+@figure
 def fig9_paired_cvae(s):
+    """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
     rows = []
     for name, label in (("cvae-paired", "CVAE"), ("lavae", "LAVAE")):
         latents = latents_of_views(s.model(name), s.digits, s.labels, s.device)
@@ -799,8 +798,9 @@ def fig9_paired_cvae(s):
                 view_rows(s.augs, s.digits, *rows))
 
 
-@figure("Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE")
+@figure
 def fig10_projections(s, n=200):
+    """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
     images = all_views(s.data[2][:n], s.augs)
     z = s.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
@@ -813,8 +813,9 @@ def fig10_projections(s, n=200):
         for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=260)
 
 
-@figure("new digits: z uniform in the bounding box of the training originals' latents; its views")
+@figure
 def sampling(s):
+    """new digits: z uniform in the bounding box of the training originals' latents; its views"""
     z = s.encode(s.data[0][:10_000])
     box = torch.from_numpy(np.random.default_rng(s.seed).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
@@ -822,8 +823,9 @@ def sampling(s):
                 s.through_maps_rows(low + box.to(z) * (high - low)))
 
 
-@figure("from one test digit to another in a straight line, and its views")
+@figure
 def interpolation(s):
+    """from one test digit to another in a straight line, and its views"""
     z = s.encode(s.digits[[2 % len(s.digits), 7 % len(s.digits)]])
     t = torch.linspace(0, 1, 10).to(z)[:, None]
     return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)",
@@ -834,8 +836,9 @@ def interpolation(s):
 # ---------------------------------------------------------------- more figures
 
 
-@figure("one digit from every view to every view")
+@figure
 def any_to_any(s):
+    """one digit from every view to every view"""
     model, one = s.model(), len(s.digits) * 7 // 10  # of ten the 7: its views look all different
     rows = []
     for v, (name, view) in enumerate(zip(s.names, all_views(s.digits[one:one + 1], s.augs))):
@@ -845,9 +848,10 @@ def any_to_any(s):
                 ["v", *(f"to {name}" for name in s.names)], rows, 168 if len(rows) <= 4 else 72)
 
 
-@figure("the totals of Table I as bars")
+@figure
 def table1(s):
-    rows, paper = models_of(s.result), paper_table(s.dataset, s.augs)
+    """the totals of Table I as bars"""
+    rows, paper = models_of(s.result), of_paper(PAPER_TABLE, s.dataset, "+".join(s.augs))
     if len(rows) < 2:
         raise Lacking("needs baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
@@ -856,8 +860,9 @@ def table1(s):
         for name, row in rows.items()])
 
 
-@figure("every element of the group that turns and flips generate, most of them never shown")
+@figure
 def group_elements(s):
+    """every element of the group that turns and flips generate, most of them never shown"""
     functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
     if len(found) <= len(s.names):
         raise Lacking("needs augmentations with more products than views, like rotate_cw")
@@ -871,18 +876,21 @@ def group_elements(s):
     return grid(f"The group of {' and '.join(s.augs)}", s.columns, rows[1:], cell=56)
 
 
-@figure("the eigenvalues of each map around the unit circle")
+@figure
 def eigenvalues(s):
+    """the eigenvalues of each map around the unit circle"""
     return eigenvalue_plot(group(s.linear())["eigenvalues"])
 
 
-@figure("half an augmentation: L^t beside the blend (1 - t) I + t L")
+@figure
 def partial_augmentation(s):
+    """half an augmentation: L^t beside the blend (1 - t) I + t L"""
     return part_of(s, np.linspace(0, 1, 9), 84)
 
 
-@figure("the same, moving (GIF)")
+@figure
 def partial_moving(s):
+    """the same, moving (GIF)"""
     there = [part_of(s, [t], 56) for t in np.linspace(0, 1, 13)]
     return there + there[::-1]
 
@@ -905,8 +913,9 @@ def part_of(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
     return grid(title, [f"t = {t:.2f}" for t in ts], rows[:-1], cell)
 
 
-@figure("reconstructions beside their inputs, of digits that no other figure shows")
+@figure
 def reconstructions(s):
+    """reconstructions beside their inputs, of digits that no other figure shows"""
     x, rows = s.data[2][100:140], []
     drawn = draw(s.model().decoder, s.encode(x))
     for i in range(0, len(x), 10):
@@ -914,16 +923,18 @@ def reconstructions(s):
     return grid("Test images, and D(E(x)) beneath", [""] * 10, rows[:-1])
 
 
-@figure("new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them")
+@figure
 def prior_samples(s):
+    """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them"""
     z = np.random.default_rng(s.seed).standard_normal((60, s.model().latent_dim), np.float32)
     drawn = draw(s.model().decoder, torch.from_numpy(z).to(s.device))
     return grid("Samples of the prior, z ~ N(0, I)", [""] * 10,
                 [("", drawn[i:i + 10]) for i in range(0, 60, 10)])
 
 
-@figure("what each latent does: a row a dimension, from -3 to 3")
+@figure
 def traversals(s):
+    """what each latent does: a row a dimension, from -3 to 3"""
     z = s.encode(s.digits[2 % len(s.digits)][None])
     steps = torch.linspace(-3, 3, 9).to(z)
     rows = []
@@ -934,8 +945,9 @@ def traversals(s):
     return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 52)
 
 
-@figure("the whole latent plane, decoded (--latent-dim 2 only)")
+@figure
 def latent_plane(s, n=15):
+    """the whole latent plane, decoded (--latent-dim 2 only)"""
     if s.model().latent_dim != 2:
         raise Lacking(f"needs a run with --latent-dim 2, not {s.model().latent_dim}")
     at = torch.linspace(-2.5, 2.5, n)
@@ -945,8 +957,9 @@ def latent_plane(s, n=15):
     return grid("D(z): z1 across, z2 upwards", heads, [*zip(heads[::-1], drawn)], cell=56)
 
 
-@figure("the losses of each stage as it learns")
+@figure
 def training_curves(s):
+    """the losses of each stage as it learns"""
     try:
         history = json.loads((s.run / "metrics.json").read_text())["history"]
         panels = [(f"{stage}, by epoch", [(key, curve_of(rows, key), "line")
@@ -966,8 +979,9 @@ def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
             if point[0] > 0.1]
 
 
-@figure("stage 1 as it learnt (GIF; needs a run with --record)")
+@figure
 def training_moving(s):
+    """stage 1 as it learnt (GIF; needs a run with --record)"""
     s.planar()
     try:
         frames = lavae.read(s.run / "recording.pt")
@@ -1003,7 +1017,7 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
     for name in names:
         start = time.perf_counter()
         try:
-            pages = FIGURES[name][0](scene)
+            pages = FIGURES[name](scene)
         except Lacking as error:
             missing.append(f"{name} {error}")
             continue
@@ -1054,8 +1068,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of()
     options = parser.parse_args(argv)
     if options.list:
-        for name, (_, words) in FIGURES.items():
-            print(f"{name:22} {words}")
+        for name, f in FIGURES.items():
+            print(f"{name:22} {f.__doc__}")
         return
     if options.heatmap and (options.only or options.image):
         parser.error("--heatmap draws all figures: leave --only and --image out")

@@ -1161,7 +1161,7 @@ def test_where_no_view_is_confused_no_number_is_printed(run, data, monkeypatch, 
 
 def test_a_figure_that_fails_is_not_left_out_in_silence(run, data, tmp_path, monkeypatch):
     scene = evaluate.Scene(tmp_path, {"lavae": run[1]}, "mnist", few(data), data[2][:2], np.arange(2), CPU, 0)
-    monkeypatch.setattr(evaluate, "FIGURES", {"bad": (lambda s: [][0], "")})
+    monkeypatch.setattr(evaluate, "FIGURES", {"bad": lambda s: [][0]})
     with pytest.raises(IndexError):
         evaluate.draw_figures(scene, ["bad"])
 
