@@ -78,8 +78,7 @@ class AdaBelief(Optimizer):
     def _update(self, group, t, params):
         lr, (b1, b2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         g = [p.grad for p in params]
-        m = [self.state[p]["m"] for p in params]
-        s = [self.state[p]["s"] for p in params]
+        m, s = ([self.state[p][key] for p in params] for key in "ms")
         scratch = [self.scratch[p] for p in params]
         if decay and group["decoupled"]:
             torch._foreach_mul_(params, 1 - lr * decay)

@@ -71,15 +71,13 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     Bilinear between neighbouring pixels, zero outside. What slides out is lost: no inverse. (The
     authors draw the angle from -50 to -45 for every image; the default is its middle.)
     """
-    n, height, width = _checked(images).shape
+    height, width = _checked(images).shape[1:]
     out = np.zeros_like(images)
     for y in range(height):
         shift = math.tan(math.radians(degrees)) * (y - (height - 1) / 2)  # out[x] = in[x + shift]
         left = math.floor(shift)
-        row = np.zeros((n, width + 1), np.float32)  # the pixels from `left` to `left + width`
-        a, b = max(left, 0), min(left + width + 1, width)
-        if a < b:
-            row[:, a - left:b - left] = images[:, y, a:b]
+        x = np.arange(left, left + width + 1)
+        row = (images[:, y, x.clip(0, width - 1)] * ((0 <= x) & (x < width))).astype(np.float32)
         f = np.float32(shift - left)
         out[:, y] = np.rint((1 - f) * row[:, :-1] + f * row[:, 1:])
     return out
@@ -312,8 +310,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
             with Image.open(path) as file:
                 if file.width * file.height > 50_000_000:
                     raise Image.DecompressionBombError
-                picture = ImageOps.exif_transpose(file)
-                grey = _grey(picture)
+                grey = _grey(ImageOps.exif_transpose(file))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has more than 50 megapixels: make it smaller") from error
     except Exception as error:  # a broken file may raise anything
@@ -390,14 +387,12 @@ def _largest_figure(ink, noise):
         return inked, 0
     inked = soft > 0.4 * np.median(soft[inked])
     parts = _parts(inked)
-    mass = np.bincount(parts.ravel(), soft.ravel())
-    mass[0] = 0
+    mass = np.bincount(parts.ravel(), (soft * inked).ravel())  # of part 0, the page: none
     largest = parts == mass.argmax()
     sides = [np.ptp(np.flatnonzero(largest.any(axis))) + 1 for axis in (0, 1)]
     inked &= (mass > 0.01 * mass.max())[parts]  # no specks
     parts = _parts(_grown(inked, 0.04 * max(sides)))
     mass = np.bincount(parts.ravel(), (soft * inked).ravel())
-    mass[0] = 0
     return inked & (parts == mass.argmax()), (mass > mass.max() / 3).sum() - 1
 
 

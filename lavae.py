@@ -20,6 +20,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,6 +58,11 @@ class Encoder(nn.Module):
         return mu, logvar
 
 
+def hidden_layers(*widths: int) -> list[nn.Module]:
+    """Linear layers from width to width, a ReLU after each."""
+    return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+
+
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
@@ -66,8 +72,7 @@ class Decoder(nn.Module):
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
         super().__init__()
-        self.hidden = nn.Sequential(*[nn.Linear(latent_dim, hidden), nn.ReLU(),
-                                      nn.Linear(hidden, hidden), nn.ReLU()] if hidden else [])
+        self.hidden = nn.Sequential(*hidden_layers(latent_dim, hidden, hidden) if hidden else [])
         self.linear = nn.Linear(hidden or latent_dim, 2 * filters * 7 * 7)
         self.deconv1 = nn.ConvTranspose2d(2 * filters, filters, kernel_size=4, stride=2, padding=1)
         self.deconv2 = nn.ConvTranspose2d(filters, 1, kernel_size=4, stride=2, padding=1)
@@ -407,11 +412,7 @@ class NonlinearMap(nn.Sequential):
     """The authors' ablation: an MLP in the place of L."""
 
     def __init__(self, latent_dim: int, hidden: Sequence[int]):
-        layers, width = [], latent_dim
-        for next_width in hidden:
-            layers += [nn.Linear(width, next_width), nn.ReLU()]
-            width = next_width
-        super().__init__(*layers, nn.Linear(width, latent_dim))
+        super().__init__(*hidden_layers(latent_dim, *hidden), nn.Linear(hidden[-1], latent_dim))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The map again: it has no inverse, but should be its own where the augmentation is."""
@@ -612,14 +613,12 @@ def tune(model: LAVAE | CVAE) -> LAVAE | CVAE:
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA, MPS or the CPU. Raises ValueError: not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        name = next(key for key, there in available.items() if there)
-    if not available.get(name):
-        there = ", ".join(key for key in available if available[key])
-        raise ValueError(f"device {name!r} is not available here: choose from auto, {there}")
-    return torch.device(name)
+    there = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+             + ["cpu"])
+    if name not in ("auto", *there):
+        raise ValueError(f"device {name!r} is not available here: choose from auto, "
+                         f"{', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> torch.device:
