@@ -427,13 +427,9 @@ def _boxed(ink):
     box = np.asarray(Image.fromarray(ink).resize(
         size[::-1], Image.Resampling.BOX if max(ink.shape) > 20 else Image.Resampling.BICUBIC))
     box = np.minimum(box * (255 / box.max()), 255).astype(np.uint8)
-    out = np.zeros((28, 28), np.uint8)
-    mass = box.sum()
-    y, x = (round(13.5 - (box.sum(axis) @ np.arange(n)) / mass)
-            for axis, n in ((1, size[0]), (0, size[1])))
-    y, x = min(max(y, 0), 28 - size[0]), min(max(x, 0), 28 - size[1])
-    out[y:y + size[0], x:x + size[1]] = box
-    return out
+    at = [round(13.5 - box.sum(axis) @ np.arange(n) / box.sum()) for axis, n in zip((1, 0), size)]
+    at = [min(max(a, 0), 28 - n) for a, n in zip(at, size)]
+    return np.pad(box, [(a, 28 - n - a) for a, n in zip(at, size)])
 
 
 def _grey(picture):  # floats from 0 to 255; what is transparent is black or white, as is clearer

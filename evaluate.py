@@ -353,17 +353,15 @@ def report_seeds(group: Sequence["Scene"]) -> None:
             rows.append((f"{LABELS[name]}, {len(found)} runs", [spread(v) for v in values]))
     if rows:
         print_table(f"{group[0].run}, .., mean +- sd", columns, rows)
-    ours = [result["lavae"] for result in results if "lavae" in result]
-    if len(ours) > 1:
+    if len(group) > 1 and "lavae" in results[0]:
+        ours = [result["lavae"] for result in results]
         print("LAVAE, direct, total:", spread([sum(row["direct"].values()) for row in ours]))
         print("LAVAE, reverse less composition:",
               spread([row["reverse"] - row[view_names(augs)[-1]] for row in ours]))
         print("LAVAE, separability, %:", spread([100 * row["separability"] for row in ours]))
-        for target in results[0].get("transfer", {}):
-            totals = [result["transfer"][target]["total"] for result in results
-                      if target in result.get("transfer", {})]
-            if len(totals) > 1:
-                print(f"LAVAE, transfer to {target}, total:", spread(totals))
+        for target in results[0]["transfer"]:
+            print(f"LAVAE, transfer to {target}, total:",
+                  spread([result["transfer"][target]["total"] for result in results]))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
