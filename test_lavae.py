@@ -76,7 +76,7 @@ def digits(data):
 
 
 def settings_of(*words):
-    return train.settings_of(train.parser_of(), list(words))
+    return train.Settings(**vars(train.parser_of().parse_args(words)))
 
 
 def tiny_run(data, out, *words):
@@ -917,7 +917,7 @@ def test_the_commands_in_readme_exist():
     parsers = {"train.py": train.parser_of(), "evaluate.py": evaluate.parser_of(), "augment.py": augment.parser_of()}
     for program, *words in [command for command in commands if "--help" not in command]:
         if program == "train.py":
-            train.settings_of(train.parser_of(), words)
+            settings_of(*words)
         else:
             parsers[program].parse_args(words)
     known = {option for parser in parsers.values() for action in parser._actions for option in action.option_strings}

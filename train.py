@@ -537,14 +537,6 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Settings:
-    """The settings of a command line. Ends the program where they clash."""
-    try:
-        return Settings(**vars(parser.parse_args(argv)))
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def runs_of(settings: Settings) -> list[Settings]:
     """The settings of all runs that these ask for.
 
@@ -700,9 +692,10 @@ def run(settings: Settings) -> LAVAE | CVAE:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = parser_of()
-    settings = settings_of(parser, argv)
+    options = vars(parser.parse_args(argv))
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
+        settings = Settings(**options)
         run(settings)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
