@@ -58,18 +58,17 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 
 @torch.no_grad()
 def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Block by block of uint8 images (N, 28, 28) and latents (N, latent_dim): the images' places,
-    the logits drawn from the latents, and the BCE of each image, nats."""
-    places = torch.arange(len(z), device=z.device)
-    for own, z_b, x_b in zip(places.split(BLOCK), z.split(BLOCK), images.split(BLOCK)):
+    """Block by block of uint8 images (N, 28, 28) and latents (N, latent_dim): the logits drawn from
+    the latents, and the BCE of each image, nats."""
+    for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)):
         logits = decoder(z_b)
-        yield own, logits, nn.functional.binary_cross_entropy_with_logits(
+        yield logits, nn.functional.binary_cross_entropy_with_logits(
             logits, pixels(x_b), reduction="none").flatten(1).sum(1)
 
 
 def nats_of_each(decoder: nn.Module, z: Tensor, images: Tensor) -> Tensor:
     """The BCE of each image, float64 (N,), on the CPU."""
-    return torch.cat([bces for _, _, bces in decoded(decoder, z, images)]).cpu().double()
+    return torch.cat([bces for _, bces in decoded(decoder, z, images)]).cpu().double()
 
 
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
@@ -80,12 +79,13 @@ def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
 def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
     """The same, and does a picture belong to THIS image? The share of those that lie nearest (L2)
     to their own among all."""
-    targets, parts, hits = pixels(images).flatten(1), [], 0
+    targets, parts, nearest = pixels(images).flatten(1), [], []
     squares = targets.square().sum(1)
-    for own, logits, bces in decoded(decoder, z, images):
+    for logits, bces in decoded(decoder, z, images):
         parts.append(bces)
         distances = squares - 2 * logits.sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
-        hits += (distances.argmin(1) == own).sum().item()
+        nearest += distances.argmin(1).tolist()
+    hits = sum(own == found for own, found in enumerate(nearest))
     return torch.cat(parts).cpu().double().mean().item(), hits / len(z)
 
 

@@ -19,6 +19,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
@@ -486,7 +487,7 @@ class CVAE(VAE):
                               filters=filters)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         views = range(2 ** len(self.augs))
-        self.shown = [v for v in views if v.bit_count() <= 1] if self.paired else list(views)
+        self.shown = singles(views) if self.paired else list(views)
         one_hot = [[float(v == w) for w in views] for v in views]
         codes = {"paired": [[float(v >> i & 1) for i in range(len(self.augs))] for v in views],
                  "digit": [[] for _ in views], "view": one_hot, "both": one_hot}[condition]
@@ -659,15 +660,12 @@ def free_memory(device: torch.device) -> float:
         status = (ctypes.c_uint64 * 8)(64)
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
         return status[2]
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):
-        pass
-    try:
+    with suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+    return math.inf
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -353,11 +353,9 @@ MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_i
 def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
     """An argparse type: what `kind` reads and `test` lets pass; `words` say what is wanted."""
     def parse_number(text):
-        try:
+        with contextlib.suppress(ValueError):
             if test(value := kind(text)):
                 return value
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError(f"expected {words}, not {text!r}")
     return parse_number
 
