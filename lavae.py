@@ -126,6 +126,8 @@ class LatentMap(nn.Module):
 class VAE(nn.Module):
     """What stage 1 needs of a model: a LAVAE, or the CVAE among the baselines."""
 
+    joint, orders = None, []  # what a LAVAE says of its maps
+
     def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
                weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
         """What stage 1 minimises: Eq. 5, and a LAVAE's pinch of Eq. 6 so that there are maps to
@@ -144,8 +146,9 @@ class VAE(nn.Module):
                 **terms}
 
     def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
-        """Whether stage 1 asks for maps."""
-        return False
+        """Whether stage 1 asks for maps: not where there are none, or it sees one view alone."""
+        asked = (weights or WEIGHTS).get("misfit", 0) > 0
+        return asked and bool(self.orders) and len(self.shown) > 1
 
     def least_images(self, weights: dict[str, float] | None = None) -> int:
         """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
@@ -154,7 +157,8 @@ class VAE(nn.Module):
 
     def stage1_parameters(self) -> list[Tensor]:
         """What learns in stage 1."""
-        return [*self.encoder.parameters(), *self.decoder.parameters()]
+        return [*self.encoder.parameters(), *self.decoder.parameters(),
+                *(self.maps.parameters() if self.joint == "identity" else [])]
 
 
 class LAVAE(VAE):
@@ -198,15 +202,6 @@ class LAVAE(VAE):
     def misfit(self, z: Tensor) -> Tensor:
         """How far a batch is from having maps that keep lengths and come back, `turn_misfit`."""
         return turn_misfit(z, self.orders)
-
-    def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
-        """Whether stage 1 asks for maps: not where it sees one view alone."""
-        return (weights or WEIGHTS).get("misfit", 0) > 0 and len(self.shown) > 1
-
-    def stage1_parameters(self) -> list[Tensor]:
-        """What learns in stage 1."""
-        joint = self.maps.parameters() if self.joint == "identity" else []
-        return [*super().stage1_parameters(), *joint]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
