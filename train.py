@@ -56,7 +56,7 @@ NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise wer
 
 def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
            weights: dict[str, float] | None = None, prior: str = "kl", seed: int = 0,
-           film: "Film | None" = None, **schedule) -> list[dict]:
+           **schedule) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
@@ -67,18 +67,15 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     """
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
     seen = images.shape[:2].numel()  # in an epoch, by every model
-    images = images[model.shown]
-    moving, weights = {"noise": noise} | ({"film": film} if film else {}), weights or lavae.WEIGHTS
+    images, weights = images[model.shown], weights or lavae.WEIGHTS
 
     def loss_of(index, t):
-        if film:
-            film.look()
         x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
         return model.losses(x, noise, None if labels is None else labels[index],
                             weights_at(t, weights), prior)
 
     return fit("stage 1", loss_of, images.shape[:2], model.stage1_parameters(), seed=seed,
-               seen=seen, least=model.least_images(weights), moving=moving, **schedule)
+               seen=seen, least=model.least_images(weights), moving={"noise": noise}, **schedule)
 
 
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
@@ -244,14 +241,15 @@ def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
 def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 9e-3,
         seed: int = 0, seen: int | None = None, least: int = 1, moving: dict | None = None,
-        diary: "Diary | None" = None) -> list[dict]:
+        diary: "Diary | None" = None, film: "Film | None" = None) -> list[dict]:
     """Minimise loss_of(indices, t)["loss"] with AdaBelief; returns each epoch's means.
 
     t: the share of all steps that are done. shape: views and images. A batch holds all views of
     some images, `least` or more, so that no step favours a view: batch_size counts the views. An
     epoch shows `seen` views, or each once. With a diary it goes on after the last epoch that the
     diary has of `name`; `moving` is what loss_of changes, by name: generators, and what has a
-    state_dict. Raises FloatingPointError: a loss is infinite or not a number.
+    state_dict. A film looks on before each step. Raises FloatingPointError: a loss is infinite or
+    not a number.
     """
     n_views, n = shape
     per_batch = images_a_step(n_views, batch_size, least)
@@ -260,12 +258,16 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
     optimizer, device = AdaBelief(parameters), parameters[0].device
     order = torch.Generator().manual_seed(seed + ORDER)
     moving = {"optimizer": optimizer, "order": order} | (moving or {})
+    if film:
+        moving["film"] = film
     history = diary.recall(name, parameters, moving) if diary else []
     progress = Progress(name, epochs, per_epoch, n_views, len(history))
     step = len(history) * (steps // epochs)
     for _ in range(len(history), epochs):
         rounds = [torch.randperm(n, generator=order) for _ in range(math.ceil(per_epoch / n))]
         for index in torch.cat(rounds)[:per_epoch].to(device).split(per_batch):
+            if film:
+                film.look()
             t = (step + 0.5) / steps
             optimizer.param_groups[0]["lr"] = lr * one_cycle(t)
             terms = loss_of(index, t)
