@@ -493,9 +493,9 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         return ImageOps.expand(image, 1, "silver")
 
     heads = [text(words) for words in columns]
-    rooms = [max(head.width for head in heads) - head.width for head in heads]
-    heads = [ImageOps.expand(head, (room // 2, 0, room - room // 2, 0), "white")
-             for head, room in zip(heads, rooms)]  # all as wide as the widest: so are the columns
+    widest = max(head.width for head in heads)  # all are as wide: so are the columns
+    heads = [ImageOps.expand(head, ((widest - head.width) // 2, 0, (widest - head.width + 1) // 2,
+                                    0), "white") for head in heads]
     return titled(title, table([[None, *heads]] * any(columns) + [
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 

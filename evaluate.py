@@ -84,8 +84,8 @@ def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
     for logits, bces in decoded(decoder, z, images):
         parts.append(bces)
         distances = squares - 2 * logits.sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
-        nearest += distances.argmin(1).tolist()
-    hits = sum(own == found for own, found in enumerate(nearest))
+        nearest.append(distances.argmin(1))
+    hits = (torch.cat(nearest) == torch.arange(len(z), device=z.device)).sum().item()
     return torch.cat(parts).cpu().double().mean().item(), hits / len(z)
 
 

@@ -126,7 +126,7 @@ class LatentMap(nn.Module):
 class VAE(nn.Module):
     """What stage 1 needs of a model: a LAVAE, or the CVAE among the baselines."""
 
-    joint, orders = None, []  # what a LAVAE says of its maps
+    joint, orders = None, []  # of a LAVAE's maps, see `learn_jointly` and `order_error`
 
     def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
                weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class LAVAE(VAE):
         self.augs, self.transfers = list(augs), [list(names) for names in transfers]
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
-        self.latent_dim, self.joint = latent_dim, None  # see `learn_jointly`
+        self.latent_dim = latent_dim
         self.orders: list[int | None] = [None] * len(self.augs)  # see `order_error`
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)

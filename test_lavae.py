@@ -2692,7 +2692,7 @@ def never_shown(run):
 def table1_row(label, rows):
     """Of a model in Table I, over seeds: the nats of each view and in all, its identity under flips and under both."""
     *views, both = rows[0]["identity"]
-    identity = [[100 * row["identity"][view] for view in (*views[1:], both)] for row in rows]
+    identity = [[100 * one["identity"][view] for view in (*views[1:], both)] for one in rows]
     return row(label, *(spread([one[view] for one in rows]) for view in (*views, both, "total")),
                spread([np.mean(one[:-1]) for one in identity]) + "%", spread([one[-1] for one in identity]) + "%")
 
@@ -2744,8 +2744,9 @@ def readme_parts():
 
 def test_readmes_numbers_are_those_of_the_kept_runs():
     text, parts = (HERE / "README.md").read_text(encoding="utf-8"), [part for _, part in readme_parts()]
+    unwrapped = " ".join(text.lower().split())
     for part in parts:
-        assert part.lower() in " ".join(text.lower().split()), f"README lacks {part}"
+        assert part.lower() in unwrapped, f"README lacks {part}"
     text = re.sub(r"<details><summary><b>Speed.*?</details>", "", text, flags=re.DOTALL)  # `benchmark` prints those
     for line in text.splitlines():
         if line.startswith("|") and not line.startswith("| paper") and "†" not in line:
