@@ -108,7 +108,8 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
         def loss_of(L):
             return map_error(L, *statistics) + involution_weight * order_error(L, order)
 
-        least_squares = torch.linalg.lstsq(*statistics[:2]).solution
+        # (gelsd, because in older versions of torch the default, gelsy, reads memory that nobody set)
+        least_squares = torch.linalg.lstsq(*statistics[:2], driver="gelsd").solution
         L = starts(least_squares, statistics[1],
                    order if involution_weight else None).requires_grad_()
         optimizer = AdaBelief([L])
