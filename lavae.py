@@ -123,13 +123,16 @@ class LatentMap(nn.Module):
         return order_error(self.L, order)
 
 
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of the terms of stage 1
+
+
 class VAE(nn.Module):
     """What stage 1 needs of a model: a LAVAE, or the CVAE among the baselines."""
 
     joint, orders = None, []  # of a LAVAE's maps, see `learn_jointly` and `order_error`
 
     def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
-               weights: dict[str, float] | None = None, prior: str = "kl") -> dict[str, Tensor]:
+               weights: dict[str, float] = WEIGHTS, prior: str = "kl") -> dict[str, Tensor]:
         """What stage 1 minimises: Eq. 5, and a LAVAE's pinch of Eq. 6 so that there are maps to
         find.
 
@@ -142,15 +145,13 @@ class VAE(nn.Module):
                  "kl": kl(mu, logvar) if prior == "kl" else mmd(mu, logvar, noise)}
         if self.has_misfit(weights):
             terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
-        return {"loss": sum((weights or WEIGHTS)[key] * term for key, term in terms.items()),
-                **terms}
+        return {"loss": sum(weights[key] * term for key, term in terms.items()), **terms}
 
-    def has_misfit(self, weights: dict[str, float] | None = None) -> bool:
+    def has_misfit(self, weights: dict[str, float] = WEIGHTS) -> bool:
         """Whether stage 1 asks for maps: not where there are none, or it sees one view alone."""
-        asked = (weights or WEIGHTS).get("misfit", 0) > 0
-        return asked and bool(self.orders) and len(self.shown) > 1
+        return weights.get("misfit", 0) > 0 and bool(self.orders) and len(self.shown) > 1
 
-    def least_images(self, weights: dict[str, float] | None = None) -> int:
+    def least_images(self, weights: dict[str, float] = WEIGHTS) -> int:
         """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
         latents without much misfit, so twice as many."""
         return 2 * self.latent_dim if self.has_misfit(weights) else 1
@@ -293,9 +294,6 @@ def bce(logits: Tensor, x: Tensor) -> Tensor:
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over latents, mean of images."""
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
-
-
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of the terms of stage 1
 
 
 def singles(views: Sequence) -> list:

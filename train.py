@@ -55,7 +55,7 @@ NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise wer
 
 
 def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
-           weights: dict[str, float] | None = None, prior: str = "kl", seed: int = 0,
+           weights: dict[str, float] = lavae.WEIGHTS, prior: str = "kl", seed: int = 0,
            **schedule) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
@@ -66,16 +66,16 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     an epoch with the mean loss and its terms, nats an image.
     """
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
-    seen = images.shape[:2].numel()  # in an epoch, by every model
-    images, weights = images[model.shown], weights or lavae.WEIGHTS
+    shown = images[model.shown]
 
     def loss_of(index, t):
-        x = pixels(images[:, index])  # (V, B, 28, 28): the views of the images `index`
+        x = pixels(shown[:, index])  # (V, B, 28, 28): the views of the images `index`
         return model.losses(x, noise, None if labels is None else labels[index],
                             weights_at(t, weights), prior)
 
-    return fit("stage 1", loss_of, images.shape[:2], model.stage1_parameters(), seed=seed,
-               seen=seen, least=model.least_images(weights), moving={"noise": noise}, **schedule)
+    return fit("stage 1", loss_of, shown.shape[:2], model.stage1_parameters(), seed=seed,
+               seen=images.shape[:2].numel(), least=model.least_images(weights),
+               moving={"noise": noise}, **schedule)
 
 
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
