@@ -479,12 +479,11 @@ class CVAE(VAE):
         self.arguments = dict(augs=self.augs, condition=condition, latent_dim=latent_dim,
                               filters=filters)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
-        views = range(2 ** len(self.augs))
-        self.shown = singles(views) if self.paired else list(views)
-        one_hot = [[float(v == w) for w in views] for v in views]
-        codes = {"paired": [[float(v >> i & 1) for i in range(len(self.augs))] for v in views],
-                 "digit": [[] for _ in views], "view": one_hot, "both": one_hot}[condition]
-        self.register_buffer("codes", torch.tensor(codes))  # what is said of each view
+        n = 2 ** len(self.augs)
+        self.shown = singles(range(n)) if self.paired else list(range(n))
+        codes = {"paired": torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1,
+                 "digit": torch.zeros(n, 0), "view": torch.eye(n), "both": torch.eye(n)}[condition]
+        self.register_buffer("codes", codes.float())  # what is said of each view
         width = self.codes.shape[1] + 10 * self.by_digit
         self.encoder = Encoder(latent_dim, filters, width)
         self.decoder = Decoder(latent_dim + width, filters)  # for z and the condition, side by side
