@@ -603,12 +603,11 @@ def tune(model: LAVAE | CVAE) -> LAVAE | CVAE:
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA, MPS or the CPU. Raises ValueError: not there."""
-    there = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-             + ["cpu"])
-    if name not in ("auto", *there):
-        raise ValueError(f"device {name!r} is not available here: choose from auto, "
-                         f"{', '.join(there)}")
-    return torch.device(there[0] if name == "auto" else name)
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    names = ["auto", *there, "cpu"]
+    if name not in names:
+        raise ValueError(f"device {name!r} is not available here: choose from {', '.join(names)}")
+    return torch.device(names[1] if name == "auto" else name)
 
 
 def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> torch.device:
@@ -623,9 +622,8 @@ def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> t
         return device
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as exact as it can
-            pairs = [(ours.detach(), theirs.detach().cpu()) for ours, theirs in zip(
-                compute(torch.device("cpu")), compute(device), strict=True)]
-        far = max((torch.dist(a, b) / a.norm().clamp(min=1e-30)).nan_to_num(math.inf).item()
+            pairs = list(zip(compute(torch.device("cpu")), compute(device), strict=True))
+        far = max((torch.dist(a, b.cpu()) / a.norm().clamp(min=1e-30)).nan_to_num(math.inf).item()
                   for a, b in pairs)
         if far < 0.01:
             print(f"{device.type} computes what the CPU does, within {far:.0e}")
