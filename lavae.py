@@ -51,8 +51,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 28, 28) in [0, 1] to mu and logvar, (B, latent_dim) each."""
         h = F.relu(self.conv1(x[:, None]))  # (B, C, 14, 14)
-        h = F.relu(self.conv2(h))  # (B, 2C, 7, 7)
-        h = h.flatten(1)
+        h = F.relu(self.conv2(h)).flatten(1)  # (B, 2C * 7 * 7)
         if condition is not None:
             h = torch.cat([h, condition], 1)
         mu, logvar = self.linear(h).chunk(2, dim=1)
@@ -531,8 +530,7 @@ def write(content: dict, path: str | Path) -> None:
     torch.save(content, buffer)
     try:
         with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.writelines([buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()])
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
