@@ -234,10 +234,6 @@ def one_cycle(t: float, warm_up: float = 0.25) -> float:
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
-def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
-    """How many images a batch holds, each under n_views views."""
-    return max(least, batch_size // n_views)
-
 
 def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 9e-3,
@@ -253,9 +249,8 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
     not a number.
     """
     n_views, n = shape
-    per_batch = images_a_step(n_views, batch_size, least)
+    per_batch = max(least, batch_size // n_views)
     per_epoch = (seen or n_views * n) // n_views
-    steps = epochs * math.ceil(per_epoch / per_batch)
     optimizer, device = AdaBelief(parameters), parameters[0].device
     order = torch.Generator().manual_seed(seed + ORDER)
     moving = {"optimizer": optimizer, "order": order} | (moving or {})
@@ -263,20 +258,19 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
         moving["film"] = film
     history = diary.recall(name, parameters, moving) if diary else []
     progress = Progress(name, epochs, per_epoch, n_views, len(history))
-    step = len(history) * (steps // epochs)
-    for _ in range(len(history), epochs):
+    for epoch in range(len(history), epochs):
         rounds = [torch.randperm(n, generator=order) for _ in range(math.ceil(per_epoch / n))]
-        for index in torch.cat(rounds)[:per_epoch].to(device).split(per_batch):
+        batches = torch.cat(rounds)[:per_epoch].to(device).split(per_batch)
+        for step, index in enumerate(batches, start=epoch * len(batches)):
             if film:
                 film.look()
-            t = (step + 0.5) / steps
+            t = (step + 0.5) / (epochs * len(batches))
             optimizer.param_groups[0]["lr"] = lr * one_cycle(t)
             terms = loss_of(index, t)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
             progress.add(terms, len(index))
-            step += 1
         history.append(progress.end_epoch())
         if diary:
             diary.note(name, parameters, moving, history)
@@ -920,8 +914,8 @@ def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
 
 def step_of(model: LAVAE | CVAE, settings: Settings) -> int:
     """How many images a step of stage 1 shows."""
-    return images_a_step(len(model.shown), settings.batch_size,
-                         model.least_images(weights_of(settings)))
+    least = model.least_images(weights_of(settings))
+    return max(least, settings.batch_size // len(model.shown))
 
 
 def check_memory(settings: Settings, n: int, device: torch.device) -> None:
