@@ -687,10 +687,9 @@ def run(settings: Settings) -> LAVAE | CVAE:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = parser_of()
-    options = vars(parser.parse_args(argv))
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
-        settings = Settings(**options)
+        settings = Settings(**vars(parser.parse_args(argv)))
         run(settings)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
