@@ -765,9 +765,8 @@ def has_work(settings: Settings, keep: bool) -> bool:
     if begun.is_file():
         pages = Diary(begun).pages
         if settings.resume:
-            was = pages.get("config")  # an older one does not say whether a film was wanted
-            check_same(begun, {"record": settings.record, **was} if isinstance(was, dict) else was,
-                       asked_of(settings))
+            was = {"record": settings.record}  # an older file does not say whether it was
+            check_same(begun, was | pages.get("config", {}), asked_of(settings))
         elif len(pages) > 1 or finished.is_file():
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
                                   "over with --overwrite, or choose another --out")
@@ -796,8 +795,7 @@ def begin(settings: Settings) -> None:
 
 
 def check_same(path: Path, was: dict, now: dict) -> None:
-    """Raises ValueError: the settings differ, or are none."""
-    was = was if isinstance(was, dict) else {}
+    """Raises ValueError: the settings differ, or there were none."""
     for key, value in now.items():
         if key not in was or was[key] != value:
             raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
