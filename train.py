@@ -732,25 +732,24 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"cannot write to {folder} ({error.strerror}): choose another --out"
                       ) from error
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise OSError("its holder has just removed it")
-    except OSError as error:
-        file.close()
-        raise ValueError(f"another run is at work in {folder}: wait for it, or choose another --out"
-                         ) from error
-    try:
-        yield
-    finally:
-        if fcntl:  # while it is held, so that nobody has it in the meantime; Windows forbids that
-            path.unlink(missing_ok=True)
-        file.close()
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise OSError("its holder has just removed it")
+        except OSError as error:
+            raise ValueError(f"another run is at work in {folder}: wait for it, or choose another "
+                             "--out") from error
+        try:
+            yield
+        finally:
+            if not fcntl:  # Windows removes no open file; elsewhere nobody shall have it meanwhile
+                file.close()
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def has_work(settings: Settings, keep: bool) -> bool:
