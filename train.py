@@ -537,16 +537,14 @@ def runs_of(settings: Settings) -> list[Settings]:
 
     --baselines: the LAVAE, and the others in folders inside its own; --heatmap: a folder a pair.
     """
-    def changed(name, **changes):
-        return replace(settings, out=settings.out / name, baselines=False, heatmap=False,
-                       all_targets=False, **changes)
-
     if settings.heatmap:
         targets = PAIRS + MORE_TARGETS * settings.all_targets
-        return [changed("+".join(pair), augs=pair, transfer=targets) for pair in PAIRS]
-    plain = dict(latent_map="linear", joint=None, transfer=[], record=False)
+        return [replace(settings, heatmap=False, all_targets=False, augs=pair, transfer=targets,
+                        out=settings.out / "+".join(pair)) for pair in PAIRS]
+    plain = dict(baselines=False, latent_map="linear", joint=None, transfer=[], record=False)
     others = [name for name in MODELS if name != "lavae"] * settings.baselines
-    return [replace(settings), *(changed(name, model=name, **plain) for name in others)]
+    return [replace(settings), *(replace(settings, model=name, out=settings.out / name, **plain)
+                                 for name in others)]
 
 
 def config_of(settings: Settings) -> dict:
