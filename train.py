@@ -407,16 +407,14 @@ class Settings:
     notebook. None is what the preset or the other settings say. Raises ValueError: they clash."""
     model: str = option("lavae", MODELS, "(default lavae)\n" + "\n".join(
         f"{name}: {words.format(told='view')}" for name, words in MODELS.items()))
-    baselines: bool = option(
-        False, bool, "train the LAVAE, and the other models in folders inside its run folder",
-        models=["lavae"], forgets=True)
+    baselines: bool = option(False, bool, "train the LAVAE, and the other models in folders inside "
+                             "its run folder", models=["lavae"], forgets=True)
     heatmap: bool = option(
         False, bool, "train on each of the paper's four pairs, and transfer each to all four, in "
         "folders\ninside the run folder (default runs/heatmap); pairs that are finished are kept",
         models=["lavae"], forgets=True)
-    all_targets: bool = option(
-        False, bool, "with --heatmap: to the three further pairs of the authors' code, too",
-        forgets=True)
+    all_targets: bool = option(False, bool, "with --heatmap: to the three further pairs of the "
+                               "authors' code, too", forgets=True)
     augs: list = option(
         None, AUGMENTATIONS, "augmentations to learn, in the order in which they compose\n"
         f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}", nargs="+", metavar="A")
@@ -449,16 +447,14 @@ class Settings:
         "augmentations\nthat never come back")
     condition: str = option("view", ["view", "digit", "both"],
                             "what --model cvae is told (default view)", models=["cvae"])
-    latent_map: str = option(
-        "linear", LATENT_MAPS, "an MLP in the place of each L: an ablation (default linear)",
-        models=["lavae", "vae"])
+    latent_map: str = option("linear", LATENT_MAPS, "an MLP in the place of each L: an ablation "
+                             "(default linear)", models=["lavae", "vae"])
     joint: str = option(
         None, ["identity", "signs"], "an ablation: stages 1 and 2 in one, Eq. 5 + map weight * Eq. "
         "6; the maps start\nat I, or stay at diagonals of +-1", models=["lavae"])
     prior_loss: str = option("kl", ["kl", "mmd"], "in stage 1 (default kl)")
-    dataset: str = option(
-        "mnist", DATASETS,
-        "mnist lies in the repository, the others are downloaded (default mnist)")
+    dataset: str = option("mnist", DATASETS, "mnist lies in the repository, the others are "
+                          "downloaded (default mnist)")
     data_dir: Path = option(DATA_DIR, Path, "(default data/)", metavar="DIR", forgets=True)
     seed: int = option(0, SEED, "(default 0)", metavar="N")
     device: str = option("auto", ["auto", "cpu", "cuda", "mps"], "(default auto)")
@@ -467,9 +463,8 @@ class Settings:
     resume: bool = option(False, bool, "go on where an interrupted run stopped", forgets=True)
     overwrite: bool = option(False, bool, "start over in a run folder that is in use",
                              forgets=True)
-    out: Path = option(
-        None, Path, "the run folder (default runs/ and the names of --augs, joined by +;\n"
-        "a baseline's name before them)", metavar="DIR", forgets=True)
+    out: Path = option(None, Path, "the run folder (default runs/ and the names of --augs, joined "
+                       "by +;\na baseline's name before them)", metavar="DIR", forgets=True)
 
     def __post_init__(self):
         for f in fields(self):
