@@ -386,19 +386,17 @@ def read(name: str, accepts, value, depth: int = 0):
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
             raise ValueError(f"{name}: expected a list, not {value!r}")
         return [read(name, accepts, one, depth - 1) for one in value]
+    kind = accepts if callable(accepts) else str  # one of the choices
+    types = {bool: (bool, np.bool_), Path: (str, Path), str: str}
+    if kind in types:
+        if isinstance(value, types[kind]) and (kind is not str or value in accepts):
+            return kind(value)
+        choices = f"one of {', '.join(accepts)}" if kind is str else kind.__name__
+        raise ValueError(f"{name}: expected {choices}, not {value!r}")
     try:
-        if accepts is bool and isinstance(value, (bool, np.bool_)):
-            return bool(value)
-        if accepts is Path and isinstance(value, (str, Path)):
-            return Path(value)
-        if accepts not in (bool, Path) and callable(accepts):
-            return accepts(str(value))
-        if not callable(accepts) and isinstance(value, str) and value in accepts:
-            return str(value)
+        return accepts(str(value))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name}: {error}") from error
-    choices = getattr(accepts, "__name__", None) or f"one of {', '.join(accepts)}"
-    raise ValueError(f"{name}: expected {choices}, not {value!r}")
 
 
 @dataclass
