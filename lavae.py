@@ -54,8 +54,7 @@ class Encoder(nn.Module):
         h = F.relu(self.conv2(h)).flatten(1)  # (B, 2C * 7 * 7)
         if condition is not None:
             h = torch.cat([h, condition], 1)
-        mu, logvar = self.linear(h).chunk(2, dim=1)
-        return mu, logvar
+        return self.linear(h).chunk(2, dim=1)  # mu, logvar
 
 
 def hidden_layers(*widths: int) -> list[nn.Module]:

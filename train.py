@@ -43,8 +43,7 @@ import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
                      views)
-from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels,
-                   singles)
+from lavae import CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels, singles
 
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
@@ -131,8 +130,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     return history
 
 
-def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor,
-           **schedule) -> list[dict]:
+def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, **schedule) -> list[dict]:
     """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
 
     z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
@@ -459,8 +457,7 @@ class Settings:
     record: bool = option(False, bool, "keep frames of stage 1 for evaluate.py's film",
                           models=["lavae"], forgets=True)
     resume: bool = option(False, bool, "go on where an interrupted run stopped", forgets=True)
-    overwrite: bool = option(False, bool, "start over in a run folder that is in use",
-                             forgets=True)
+    overwrite: bool = option(False, bool, "start over in a run folder that is in use", forgets=True)
     out: Path = option(None, Path, "the run folder (default runs/ and the names of --augs, joined "
                        "by +;\na baseline's name before them)", metavar="DIR", forgets=True)
 
