@@ -873,26 +873,25 @@ class Film:
 
 def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
     """What a run on n images needs, the most first: (what, bytes, the options that lower it)."""
-    views = 2 ** len(settings.augs)
+    views = n * 2 ** len(settings.augs)
     try:
         with torch.device("meta"):  # shapes only
             model = build(settings)
         weights = sum(p.numel() for p in model.parameters())
     except (RuntimeError, TypeError, OverflowError):  # too many even to be counted
         return [("weights", math.inf, "--filters or --latent-dim")]
-    images = min(n, step_of(model, settings))
+    # a view as it is and in one tensor with all others, once more for a transfer; and its latents
+    view = 2 * 28 * 28 * (1 + bool(settings.transfer)) + 2 * 4 * settings.latent_dim
+    step = len(model.shown) * min(n, step_of(model, settings))  # views, too
     layers = 2 * (28 * 28 + settings.filters * (14 * 14 + 2 * 7 * 7) + settings.latent_dim)
+    pairs = step ** 2 if settings.prior_loss == "mmd" else 0  # mmd compares each view with each
     return sorted([
-        # of all images as they are and in one tensor, once more for a transfer; and their latents
-        ("views of the images", n * views * (2 * 28 * 28 * (1 + bool(settings.transfer))
-                                             + 2 * 4 * settings.latent_dim),
-         "the number of --augs"),
+        ("views of the images", views * view, "the number of --augs"),
         # each with a gradient, m, s and scratch; and three in state.pt before it is written
         ("weights", 4 * 8 * weights, "--filters or --latent-dim"),
         # what the layers give, and its gradient
-        ("images of a step", 2 * 4 * images * len(model.shown) * layers
-         + 8 * 4 * (images * len(model.shown)) ** 2 * settings.latent_dim
-         * (settings.prior_loss == "mmd"), "--batch-size or --filters"),  # mmd compares all pairs
+        ("images of a step", 2 * 4 * step * layers + 8 * 4 * pairs * settings.latent_dim,
+         "--batch-size or --filters"),
     ], key=lambda part: -part[1])
 
 
