@@ -659,8 +659,7 @@ def run(settings: Settings) -> LAVAE | CVAE:
     with contextlib.ExitStack() as held:
         for one in runs:
             held.enter_context(locked(one.out))
-        keep = settings.resume or settings.baselines or settings.heatmap
-        unfinished = [one for one in runs if has_work(one, keep)]
+        unfinished = [one for one in runs if has_work(one, settings.resume or len(runs) > 1)]
         for one in unfinished:
             begin(one)
         try:
@@ -741,9 +740,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def has_work(settings: Settings, keep: bool) -> bool:
-    """Whether there is work to do: not where --resume, --baselines or --heatmap, which keep what is
-    finished, find it. Changes nothing. Raises OSError, ValueError: something there must not be
-    lost.
+    """Whether there is work to do: not where it is finished and to be kept, as by --resume, and by
+    --baselines and --heatmap, which make several runs. Changes nothing. Raises OSError, ValueError:
+    something there must not be lost.
     """
     out = settings.out
     finished, begun = out / "model.pt", out / "state.pt"
@@ -808,9 +807,8 @@ class Diary:
         if page is None:
             return []
         try:
-            with torch.no_grad():
-                for p, value in zip(parameters, page["parameters"], strict=True):
-                    p.copy_(value)
+            for p, value in zip(parameters, page["parameters"], strict=True):
+                p.data.copy_(value)
             for key, thing in moving.items():
                 generator = isinstance(thing, torch.Generator)
                 (thing.set_state if generator else thing.load_state_dict)(page[key])
