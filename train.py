@@ -102,15 +102,14 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
-        statistics = moments(latents[0], z_i)
+        G, C_i, squared = moments(latents[0], z_i)
 
         def loss_of(L):
-            return map_error(L, *statistics) + involution_weight * order_error(L, order)
+            return map_error(L, G, C_i, squared) + involution_weight * order_error(L, order)
 
-        # (gelsd, because in older versions of torch the default, gelsy, reads memory that nobody set)
-        least_squares = torch.linalg.lstsq(*statistics[:2], driver="gelsd").solution
-        L = starts(least_squares, statistics[1],
-                   order if involution_weight else None).requires_grad_()
+        # gelsd, because the default, gelsy, reads memory that nobody set in older torch
+        least_squares = torch.linalg.lstsq(G, C_i, driver="gelsd").solution
+        L = starts(least_squares, C_i, order if involution_weight else None).requires_grad_()
         optimizer = AdaBelief([L])
         for t in range(MAP_STEPS):
             optimizer.param_groups[0]["lr"] = MAP_LR * (1 - t / MAP_STEPS)
@@ -124,8 +123,8 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
             raise FloatingPointError(f"stage 2: the map of {aug} is no number: try a lower "
                                      "--involution-weight")
         map_i.L.data.copy_(L.float())
-        history.append({"map": aug, "least_squares": map_error(least_squares, *statistics).item(),
-                        "error": map_error(L, *statistics).item(),
+        before, after = (map_error(M, G, C_i, squared).item() for M in (least_squares, L))
+        history.append({"map": aug, "least_squares": before, "error": after,
                         "penalty": order_error(L, order).item(), "settled": settled})
     return history
 
@@ -230,7 +229,6 @@ def one_cycle(t: float, warm_up: float = 0.25) -> float:
     if t < warm_up:
         return t / warm_up
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
-
 
 
 def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
@@ -481,9 +479,8 @@ class Settings:
             self.transfer = [["shear_x", "canny"]] if default else []
         for names in self.transfer:
             if len(names) != len(self.augs):
-                raise ValueError(
-                    f"--transfer {' '.join(names)}: name {len(self.augs)} augmentations, one for "
-                    f"each of --augs {' '.join(self.augs)}")
+                raise ValueError(f"--transfer {' '.join(names)}: name {len(self.augs)} "
+                                 f"augmentations, one for each of --augs {' '.join(self.augs)}")
         for names in (self.augs, self.transfer, *self.transfer):
             if any(names.count(name) > 1 for name in names):
                 raise ValueError("--augs and --transfer: the same is named twice, name it once")
@@ -751,7 +748,7 @@ def has_work(settings: Settings, keep: bool) -> bool:
     if begun.is_file():
         pages = Diary(begun).pages
         if settings.resume:
-            was = {"record": settings.record}  # an older file does not say whether it was
+            was = {"record": settings.record}  # an older file does not say whether it had a film
             check_same(begun, was | pages.get("config", {}), asked_of(settings))
         elif len(pages) > 1 or finished.is_file():
             raise FileExistsError(f"{out} holds an interrupted run: go on with --resume, start "
