@@ -566,8 +566,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         FileNotFoundError: there is no such file, or no model.pt in the folder.
         ValueError: the file is not a checkpoint of this program.
     """
-    path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: train a model with `python train.py`")
     try:

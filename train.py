@@ -892,8 +892,7 @@ def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
 
 def step_of(model: LAVAE | CVAE, settings: Settings) -> int:
     """How many images a step of stage 1 shows."""
-    least = model.least_images(weights_of(settings))
-    return max(least, settings.batch_size // len(model.shown))
+    return max(model.least_images(weights_of(settings)), settings.batch_size // len(model.shown))
 
 
 def check_memory(settings: Settings, n: int, device: torch.device) -> None:
