@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations, cycle, product
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
@@ -57,36 +58,30 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 
 
 @torch.no_grad()
-def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Block by block of uint8 images (N, 28, 28) and latents (N, latent_dim): the logits drawn from
-    the latents, and the BCE of each image, nats."""
-    for z_b, x_b in zip(z.split(BLOCK), images.split(BLOCK)):
-        logits = decoder(z_b)
-        yield logits, nn.functional.binary_cross_entropy_with_logits(
-            logits, pixels(x_b), reduction="none").flatten(1).sum(1)
-
-
-def nats_of_each(decoder: nn.Module, z: Tensor, images: Tensor) -> Tensor:
-    """The BCE of each image, float64 (N,), on the CPU."""
-    return torch.cat([bces for _, bces in decoded(decoder, z, images)]).cpu().double()
+def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The logits drawn from latents (N, latent_dim), in blocks, and the BCE of each of the uint8
+    images (N, 28, 28) given them: nats, float64 (N,), on the CPU."""
+    logits = [decoder(block) for block in z.split(BLOCK)]
+    bces = [F.binary_cross_entropy_with_logits(block, pixels(x), reduction="none").flatten(1).sum(1)
+            for block, x in zip(logits, images.split(BLOCK))]
+    return logits, torch.cat(bces).cpu().double()
 
 
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
     """Mean BCE of images given latents, nats an image."""
-    return nats_of_each(decoder, z, images).mean().item()
+    return decoded(decoder, z, images)[1].mean().item()
 
 
 def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
     """The same, and does a picture belong to THIS image? The share of those that lie nearest (L2)
     to their own among all."""
-    targets, parts, nearest = pixels(images).flatten(1), [], []
+    logits, bces = decoded(decoder, z, images)
+    targets = pixels(images).flatten(1)
     squares = targets.square().sum(1)
-    for logits, bces in decoded(decoder, z, images):
-        parts.append(bces)
-        distances = squares - 2 * logits.sigmoid().flatten(1) @ targets.T  # + |D(z)|^2
-        nearest.append(distances.argmin(1))
+    nearest = [(squares - 2 * block.sigmoid().flatten(1) @ targets.T).argmin(1)  # + |D(z)|^2
+               for block in logits]
     hits = (torch.cat(nearest) == torch.arange(len(z), device=z.device)).sum().item()
-    return torch.cat(parts).cpu().double().mean().item(), hits / len(z)
+    return bces.mean().item(), hits / len(z)
 
 
 def each(names: Sequence[str], decoder: nn.Module, latents: Sequence[Tensor],
@@ -182,7 +177,7 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -
         optimizer = AdaBelief(classifier.to(z.device).parameters(), lr=1e-2)
         for _ in range(5):
             for index in torch.randperm(len(z)).to(z.device).split(500):
-                loss = nn.functional.cross_entropy(classifier(z[index]), y[index])
+                loss = F.cross_entropy(classifier(z[index]), y[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -250,7 +245,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     transfer = {}
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         images = tensors(x, augs, device)
-        bces = torch.stack([nats_of_each(head, z_v, x_v) for z_v, x_v in zip(mapped, images)])
+        bces = torch.stack([decoded(head, z_v, x_v)[1] for z_v, x_v in zip(mapped, images)])
         transfer[key] = with_total(dict(zip(view_names(augs), bces.mean(1).tolist())))
         for word, kind in (("told_apart", apart), ("confused", ~apart)):
             transfer[key][word] = bces[kind].mean().item() if kind.any() else None
@@ -1153,7 +1148,6 @@ def evaluate_all(scene: Scene) -> None:
     draw_figures(scene, [*FIGURES])
 
 
-@torch.no_grad()
 def some_pictures(run: Path, device: torch.device) -> list[Tensor]:
     """What the model of a run sees in noise and draws of it, as the device computes it."""
     model = lavae.load(run, device)
