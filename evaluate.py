@@ -185,23 +185,16 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -
 
 
 @torch.no_grad()
-def measure_baseline(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
-                     device: torch.device) -> dict:
+def row_of(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray, device: torch.device) -> dict:
     """A row of Table I and the identity preservation, from the codes of the originals."""
-    told = model.arguments.get("condition", "view")  # where it is not what the paper's is told
-    return row_of(model, latents_of_views(model, x, y, device), tensors(x, model.augs, device)) | (
+    names, latents = view_names(model.augs), latents_of_views(model, x, y, device)
+    bces, identity = zip(*(score(model.decoder, z, v)
+                           for z, v in zip(latents, tensors(x, model.augs, device))))
+    told = model.arguments.get("condition")  # where it is not what the paper's is told
+    return with_total(dict(zip(names, bces))) | {"identity": dict(zip(names, identity))} | (
         {"told": told} if told in ("digit", "both") else {})
 
 
-def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tensor]) -> dict:
-    """The same, from what makes the decoder draw each view."""
-    names = view_names(model.augs)
-    scores = [score(model.decoder, z, v) for z, v in zip(latents, images)]
-    return with_total(dict(zip(names, (nats for nats, _ in scores)))) | {
-        "identity": dict(zip(names, (identity for _, identity in scores)))}
-
-
-@torch.no_grad()
 def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
                      device: torch.device) -> list[Tensor]:
     """What makes the decoder draw each view, from the codes of originals x, uint8 (N, 28, 28).
@@ -217,11 +210,11 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 @torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
     """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
-    x_train, _, x, _ = data
+    x_train, _, x, y = data
+    row, functions = row_of(model, x, y, device), [AUGMENTATIONS[aug] for aug in model.augs]
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
     z, mapped = encoded[0], views(encoded[0], model.maps)
-    row, functions = row_of(model, mapped, images), [AUGMENTATIONS[aug] for aug in model.augs]
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = torch.stack(told_apart(known, mapped)).cpu()
     any_to_any = {"orig": {name: row[name] for name in names}}
@@ -517,7 +510,7 @@ class Scene:
     @cached_property
     def result(self) -> dict:
         """What evaluation.json holds: measured when it is first asked for."""
-        rows = {name: measure_baseline(model, *self.data[2:], self.device)
+        rows = {name: row_of(model, *self.data[2:], self.device)
                 for name, model in self.models.items() if name != "lavae"}
         if "lavae" not in self.models:
             return rows

@@ -837,7 +837,7 @@ def test_baselines_and_ablations_learn(words, data, digits, tmp_path, monkeypatc
     torch.manual_seed(0)
     before = train.build(settings)
     after = tiny_run(data, tmp_path, *words.split())
-    rows = [evaluate.measure_baseline(m, digits, data[3][:500], CPU) for m in (before, after)]
+    rows = [evaluate.row_of(m, digits, data[3][:500], CPU) for m in (before, after)]
     key = "total" if settings.model != "cvae" and not settings.joint else "orig"
     assert rows[1][key] < 0.6 * rows[0][key]
 
@@ -849,7 +849,7 @@ def test_the_joint_lesson(data, tmp_path):
     free = tiny_run(data, tmp_path / "b", "--joint", "signs", *words)
     assert evaluate.group(stuck)["directions"] == {"++": 16, "+-": 0, "-+": 0, "--": 0}
     assert evaluate.group(free)["directions"] == {"++": 4, "+-": 4, "-+": 4, "--": 4}
-    totals = [evaluate.measure_baseline(m, data[2][:500], data[3][:500], CPU)["total"] for m in (stuck, free)]
+    totals = [evaluate.row_of(m, data[2][:500], data[3][:500], CPU)["total"] for m in (stuck, free)]
     assert totals[1] < 0.9 * totals[0], totals
 
 
