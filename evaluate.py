@@ -356,27 +356,20 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
 
-def heatmap_of(groups: Sequence[Sequence["Scene"]]) -> dict:
-    """The heat-map's numbers: {source: {"native": totals, "separability": .., target: totals}}.
+def save_heatmap(dataset: str, groups: Sequence[Sequence["Scene"]]) -> None:
+    """Print the heat-map of one data set, and write it into the folder of its first run's folder:
+    {source: {"native": totals, "separability": .., target: totals}}. Raises OSError.
 
     groups: of runs that differ in their seeds alone; of two with one source the first counts.
     """
-    table = {}
+    folder, table = groups[0][0].run.parent, {}
     for group in groups:
-        row = {"native": [], "separability": []}
-        for one in group:
-            row["native"].append(one.result["lavae"]["total"])
-            row["separability"].append(one.result["lavae"]["separability"])
-            for target, transfer in one.result["transfer"].items():
-                row.setdefault(target, []).append(transfer["total"])
-        table.setdefault("+".join(group[0].augs), row)
-    return table
-
-
-def save_heatmap(dataset: str, groups: Sequence[Sequence["Scene"]]) -> None:
-    """Print the heat-map of one data set, and write it into the folder of its first run's folder.
-    Raises OSError."""
-    folder, table = groups[0][0].run.parent, heatmap_of(groups)
+        results = [one.result for one in group]
+        table.setdefault("+".join(group[0].augs), {
+            "native": [result["lavae"]["total"] for result in results],
+            "separability": [result["lavae"]["separability"] for result in results],
+            **{target: [result["transfer"][target]["total"] for result in results]
+               for target in results[0]["transfer"]}})
     report_heatmap(dataset, table)
     (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
     print(f"  {save(heatmap(dataset, table), folder / 'heatmap')}")
@@ -656,16 +649,17 @@ def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Im
     return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
 
 
-def heatmap(dataset: str, table_of: dict) -> Image.Image:
-    """`heatmap_of` as a picture: rows are sources, columns targets, the paper's totals beneath."""
-    columns = [*dict.fromkeys([*PAPER_TOTALS, *(key for row in table_of.values() for key in row)])]
-    columns = [c for c in columns if any(c in row for row in table_of.values())
-               and c not in ("native", "separability")]
+def heatmap(dataset: str, numbers: dict) -> Image.Image:
+    """What `save_heatmap` writes as a picture: rows are sources, columns targets, the paper's
+    totals beneath."""
+    keys = [key for row in numbers.values() for key in row]
+    columns = [key for key in dict.fromkeys([*PAPER_TOTALS, *keys])
+               if key in keys and key not in ("native", "separability")]
     rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "views+told apart"])]]
-    for source, row in table_of.items():
-        cells = [heatmap_cell(cell_of(row, source, c), row.get(c) if source == c else None,
-                              of_paper(PAPER_TOTALS, dataset, source).get(c)) for c in columns]
-        rows.append([text(source.replace("+", "\n"), 26), *cells,
+    for source, row in numbers.items():
+        paper = of_paper(PAPER_TOTALS, dataset, source)
+        rows.append([text(source.replace("+", "\n"), 26),
+                     *(heatmap_cell(row, source, c, paper.get(c)) for c in columns),
                      text(f"{statistics.mean(row['separability']):.1%}", 44)])
     colours = "blue: below the paper's, red: above; " if dataset == "mnist" else f"{dataset}; "
     return titled("Trained on a pair (rows), drawn as another (columns): nats, all four views",
@@ -673,16 +667,17 @@ def heatmap(dataset: str, table_of: dict) -> Image.Image:
                                     "it a new one", 26))
 
 
-def heatmap_cell(totals: Sequence[float], renewed: Sequence[float] | None,
-                 paper: float | None) -> Image.Image | None:
+def heatmap_cell(row: dict, source: str, target: str, paper: float | None) -> Image.Image | None:
     """A cell of the heat-map: the mean total, a new decoder's and the paper's; blue where it is
     lower than the paper's."""
+    totals, notes = cell_of(row, source, target), []
     if not totals:
         return None
     value = statistics.mean(totals)
     share = 0 if not paper else max(-1, min(1, 2 * math.log(value / paper)))
     fade = round(255 - 130 * abs(share))
-    notes = [f"new decoder {statistics.mean(renewed):.0f}"] if renewed else []
+    if source == target and target in row:
+        notes.append(f"new decoder {statistics.mean(row[target]):.0f}")
     notes += [f"paper {paper:.0f}"] if paper else []
     return box((250, 150), (255, fade, fade) if share > 0 else (fade, fade, 255),
                (f"{value:.0f}", 44), *((note, 26) for note in notes))
