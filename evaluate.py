@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations, cycle, product
@@ -491,13 +491,14 @@ class Scene:
     seed: int
 
     def __post_init__(self):
-        """The names of things: augmentations, views, columns, and what is behind z in formulas."""
+        """The names of things: augmentations, views, columns, and what is behind z in formulas: for
+        each view, and last for the reverse composition."""
         first = next(iter(self.models.values()))
         self.augs, self.settings, self.names = first.augs, first.settings, view_names(first.augs)
         self.columns = [CLASSES[self.dataset][label] for label in self.labels]
         order = range(1, len(self.augs) + 1)
-        self.products = views("", [lambda s, i=i: f"{s} L{i}" for i in order])  # "", " L1", ..
-        self.back = "".join(f" L{i}" for i in reversed(order))  # of the reverse composition
+        self.products = [*views("", [lambda s, i=i: f"{s} L{i}" for i in order]),  # "", " L1", ..
+                         "".join(f" L{i}" for i in reversed(order))]
 
     @cached_property
     def result(self) -> dict:
@@ -532,15 +533,14 @@ class Scene:
         """Latents of uint8 images (N, 28, 28)."""
         return self.model().encode(torch.from_numpy(images).to(self.device))
 
-    def through_maps(self, z: Tensor) -> list[np.ndarray]:
-        """What latents (N, latent_dim) give as each view: pictures, uint8 (N, 28, 28)."""
+    def through_maps(self, z: Tensor, formula: str = "D(z{})",
+                     decoder: nn.Module | None = None) -> list[tuple[str, np.ndarray]]:
+        """Rows of a grid: what latents (N, latent_dim) give as each view, and last in the reverse
+        composition: (formula, pictures). decoder: a transfer's, in the place of the first."""
         model = self.model()
-        return [draw(model.decoder, z_v) for z_v in views(z, model.maps)]
-
-    def through_maps_rows(self, z: Tensor) -> list[tuple[str, np.ndarray]]:
-        """The same as rows of a grid, the reverse composition last."""
-        rows = list(zip((f"D(z{L})" for L in self.products), self.through_maps(z)))
-        return rows + [(f"D(z{self.back})", draw(self.model().decoder, reverse(self.model(), z)))]
+        latents = [*views(z, model.maps), reverse(model, z)]
+        return [(formula.format(L), draw(decoder or model.decoder, z_v))
+                for L, z_v in zip(self.products, latents)]
 
 
 class Lacking(Exception):
@@ -557,12 +557,15 @@ def figure(f: Callable) -> Callable:
     return f
 
 
-def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: tuple[Sequence, Sequence]) -> list:
-    """For each view: the image, and beneath it what was drawn in its place: (labels, pictures)."""
-    rows = []
-    for v, (name, view) in enumerate(zip(view_names(augs), all_views(digits, augs))):
-        rows += [None, (name, view), *((labels[v], pictures[v]) for labels, pictures in drawn)]
-    return rows[1:]
+def spaced(groups: Iterable[Sequence]) -> list:
+    """The rows of all groups for a grid, with a gap between one group and the next."""
+    return [row for group in groups for row in (*group, None)][:-1]
+
+
+def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: Sequence[tuple]) -> list:
+    """For each view: the images, and beneath them what was drawn in their place: (label, pictures)
+    for each view, once or more."""
+    return spaced(zip(zip(view_names(augs), all_views(digits, augs)), *drawn))
 
 
 COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14),
@@ -689,10 +692,10 @@ def heatmap_cell(row: dict, source: str, target: str, paper: float | None) -> Im
 @figure
 def fig3_views(s):
     """Fig. 3: every view drawn from the original's latent"""
-    z = s.encode(s.digits)
+    drawn = s.through_maps(s.encode(s.digits), "D(E(x){})")
+    formula, pictures = drawn[-1]
     return grid(f"Augment in latent space: {' and '.join(s.augs)}", s.columns, [
-        *view_rows(s.augs, s.digits, ([f"D(E(x){L})" for L in s.products], s.through_maps(z))),
-        None, (f"reverse D(E(x){s.back})", draw(s.model().decoder, reverse(s.model(), z)))])
+        *view_rows(s.augs, s.digits, drawn), None, (f"reverse {formula}", pictures)])
 
 
 @figure
@@ -744,11 +747,9 @@ def fig6_transfer(s):
     model, z = s.model(), s.encode(s.digits)
     if not model.transfers:
         raise Lacking("needs a transfer: train with --transfer")
-    latents = views(z, model.maps)
     return {f"fig6_{key}": grid(
         f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
-        view_rows(augs, s.digits, ([f"D_B(E(x){L})" for L in s.products],
-                                   [draw(head, z_v) for z_v in latents])))
+        view_rows(augs, s.digits, s.through_maps(z, "D_B(E(x){})", head)))
         for augs, (key, head) in zip(model.transfers, model.heads.items())}
 
 
@@ -756,26 +757,25 @@ def fig6_transfer(s):
 def fig8_cvae(s):
     """Fig. 8: the naive CVAE, its condition changed"""
     model = s.model("cvae")
-    if model.arguments["condition"] == "digit":  # it knows of no views
-        z = latents_of_views(model, s.digits, s.labels, s.device)[0][:, :model.latent_dim]
-        told = [torch.full((len(z),), label, device=s.device) for label in s.labels.tolist()]
-        return grid("Naive CVAE: the condition changed", s.columns, [("x", s.digits), *(
-            (f"D(z, {name})", draw(model.decoder, model.to_view(z, 0, labels)))
-            for name, labels in zip(s.columns, told))])
-    drawn = [draw(model.decoder, z) for z in latents_of_views(model, s.digits, s.labels, s.device)]
-    return grid("Naive CVAE: the condition changed", s.columns, view_rows(
-        s.augs, s.digits, ([f"D(z, {name})" for name in s.names], drawn)))
+    names, latents = s.names, latents_of_views(model, s.digits, s.labels, s.device)
+    by_digit = model.arguments["condition"] == "digit"  # it knows of no views
+    if by_digit:
+        z, names = latents[0][:, :model.latent_dim], s.columns
+        latents = [model.to_view(z, 0, torch.full((len(z),), label, device=s.device))
+                   for label in s.labels.tolist()]
+    drawn = [(f"D(z, {name})", draw(model.decoder, z)) for name, z in zip(names, latents)]
+    return grid("Naive CVAE: the condition changed", s.columns, [("x", s.digits), *drawn]
+                if by_digit else view_rows(s.augs, s.digits, drawn))
 
 
 @figure
 def fig9_paired_cvae(s):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
-    rows = []
-    for name, label in (("cvae-paired", "CVAE"), ("lavae", "LAVAE")):
-        latents = latents_of_views(s.model(name), s.digits, s.labels, s.device)
-        rows.append(([label] * len(latents), [draw(s.model(name).decoder, z) for z in latents]))
+    drawn = [[(label, draw(model.decoder, z))
+              for z in latents_of_views(model, s.digits, s.labels, s.device)]
+             for label, model in (("CVAE", s.model("cvae-paired")), ("LAVAE", s.model()))]
     return grid("CVAE trained like a LAVAE, and the LAVAE", s.columns,
-                view_rows(s.augs, s.digits, *rows))
+                view_rows(s.augs, s.digits, *drawn))
 
 
 @figure
@@ -800,7 +800,7 @@ def sampling(s):
     box = torch.from_numpy(np.random.default_rng(s.seed).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
     return grid("Sampled from the bounding box of the originals' latents", [""] * 10,
-                s.through_maps_rows(low + box.to(z) * (high - low)))
+                s.through_maps(low + box.to(z) * (high - low)))
 
 
 @figure
@@ -810,7 +810,7 @@ def interpolation(s):
     t = torch.linspace(0, 1, 10).to(z)[:, None]
     return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)",
                 [f"{v:.2f}" for v in t[:, 0].tolist()],
-                s.through_maps_rows((1 - t) * z[0] + t * z[1]))
+                s.through_maps((1 - t) * z[0] + t * z[1]))
 
 
 # ---------------------------------------------------------------- more figures
@@ -822,8 +822,8 @@ def any_to_any(s):
     model, one = s.model(), len(s.digits) * 7 // 10  # of ten the 7: its views look all different
     rows = []
     for v, (name, view) in enumerate(zip(s.names, all_views(s.digits[one:one + 1], s.augs))):
-        pictures = s.through_maps(model.from_view(s.encode(view), v))
-        rows.append((f"from {name}", [view[0], *(picture[0] for picture in pictures)]))
+        drawn = s.through_maps(model.from_view(s.encode(view), v))[:-1]
+        rows.append((f"from {name}", [view[0], *(pictures[0] for _, pictures in drawn)]))
     return grid("Any view to any view: D(E(v) L_from^-1 L_to)",
                 ["v", *(f"to {name}" for name in s.names)], rows, 168 if len(rows) <= 4 else 72)
 
@@ -896,11 +896,10 @@ def part_of(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
 @figure
 def reconstructions(s):
     """reconstructions beside their inputs, of digits that no other figure shows"""
-    x, rows = s.data[2][100:140], []
+    x = s.data[2][100:140]
     drawn = draw(s.model().decoder, s.encode(x))
-    for i in range(0, len(x), 10):
-        rows += [("x", x[i:i + 10]), ("D(E(x))", drawn[i:i + 10]), None]
-    return grid("Test images, and D(E(x)) beneath", [""] * 10, rows[:-1])
+    return grid("Test images, and D(E(x)) beneath", [""] * 10, spaced(
+        [("x", x[i:i + 10]), ("D(E(x))", drawn[i:i + 10])] for i in range(0, len(x), 10)))
 
 
 @figure
@@ -1011,13 +1010,12 @@ def own_images(scene: Scene, paths: Sequence[Path]) -> None:
     """Pictures of one's own, a row each: as MNIST would have it, its views, and what the maps draw
     from it in their place. Raises ValueError: one cannot be read."""
     x = np.stack([like_mnist(path) for path in paths])
-    columns = [(text, pictures) for name, L, view, drawn in zip(
-        scene.names, scene.products, all_views(x, scene.augs), scene.through_maps(scene.encode(x)))
-        for text, pictures in ((name, view), (f"D(E(x){L})", drawn))]
+    drawn = scene.through_maps(scene.encode(x), "D(E(x){})")
+    columns = [row for row in view_rows(scene.augs, x, drawn) if row]
     rows = [(path.stem if len(path.stem) < 20 else f"{path.stem[:18]}..",
              [pictures[i] for _, pictures in columns]) for i, path in enumerate(paths)]
     page = grid("x as MNIST would have it, its views, and what the maps draw from x alone",
-                [text for text, _ in columns], rows, cell=140)
+                [label for label, _ in columns], rows, cell=140)
     name = f"image_{paths[0].stem}" if len(paths) == 1 else "images"
     print(f"wrote {save(page, scene.run / name)}")
 
