@@ -638,20 +638,6 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Im
     return titled(title, table(rows[:-1], "rl"))
 
 
-def eigenvalue_plot(eigenvalues: dict[str, Sequence[tuple[float, float]]]) -> Image.Image:
-    """The eigenvalues of each map, [real, imaginary], around the unit circle, one panel a map."""
-    turn, panels = np.linspace(0, 2 * math.pi, 200), []
-    for name, values in eigenvalues.items():
-        near = {word: sum(abs(complex(*v) - at) < 0.1 for v in values)
-                for word, at in (("+1", 1), ("-1", -1), ("+i", 1j), ("-i", -1j))}
-        heading = ", ".join(f"{n} at {word}" for word, n in near.items() if n)
-        panels.append((f"{name}: {heading or 'none at a root'}", [
-            ("unit circle", np.stack([np.cos(turn), np.sin(turn)], 1), "line"),
-            ("eigenvalue", values, "rings")]))
-    reach = max(1, *(abs(complex(*v)) for values in eigenvalues.values() for v in values))
-    return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
-
-
 def heatmap(dataset: str, numbers: dict) -> Image.Image:
     """What `save_heatmap` writes as a picture: rows are sources, columns targets, the paper's
     totals beneath."""
@@ -714,11 +700,10 @@ def fig4_inverses(s):
 @figure
 def fig5_recursion(s, rounds=7):
     """Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane"""
-    model, x, rows, path = s.planar(), s.digits, [("x", s.digits)], [s.encode(s.digits)]
+    model, path, rows = s.planar(), [s.encode(s.digits)], [("x", s.digits)]
     for k in range(1, rounds + 1):
-        x = draw(model.decoder, model.maps[0](s.encode(x)))
-        rows.append((f"round {k}", x))
-        path.append(s.encode(x))
+        rows.append((f"round {k}", draw(model.decoder, model.maps[0](path[-1]))))
+        path.append(s.encode(rows[-1][1]))
     path = torch.stack(path).cpu().numpy()  # (rounds + 1, n, latent_dim)
     moved = drift(path, ORDERS.get(s.augs[0]))
     stable, unstable = moved.argmin(), moved.argmax()
@@ -859,38 +844,42 @@ def group_elements(s):
 @figure
 def eigenvalues(s):
     """the eigenvalues of each map around the unit circle"""
-    return eigenvalue_plot(group(s.linear())["eigenvalues"])
+    turn, panels, found = np.linspace(0, 2 * math.pi, 200), [], group(s.linear())["eigenvalues"]
+    for name, values in found.items():
+        near = {word: sum(abs(complex(*v) - at) < 0.1 for v in values)
+                for word, at in (("+1", 1), ("-1", -1), ("+i", 1j), ("-i", -1j))}
+        heading = ", ".join(f"{n} at {word}" for word, n in near.items() if n)
+        panels.append((f"{name}: {heading or 'none at a root'}", [
+            ("unit circle", np.stack([np.cos(turn), np.sin(turn)], 1), "line"),
+            ("eigenvalue", values, "rings")]))
+    reach = max(1, *(abs(complex(*v)) for values in found.values() for v in values))
+    return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
 
 
 @figure
 def partial_augmentation(s):
     """half an augmentation: L^t beside the blend (1 - t) I + t L"""
-    return part_of(s, np.linspace(0, 1, 9), 84)
+    ts = np.linspace(0, 1, 9)
+    steps = [part_of(s, t) for t in ts]
+    return grid(f"Part of {s.augs[0]}", [f"t = {t:.2f}" for t in ts], spaced(
+        [(f"{s.columns[i]}: {label}", [drawn[label][i] for drawn in steps]) for label in steps[0]]
+        for i in range(2 % len(s.digits), len(s.digits), 2)))
 
 
 @figure
 def partial_moving(s):
     """the same, moving (GIF)"""
-    there = [part_of(s, [t], 56) for t in np.linspace(0, 1, 13)]
+    there = [grid(f"Part of {s.augs[0]}, t = {t:.2f}", s.columns, [*part_of(s, t).items()], 56)
+             for t in np.linspace(0, 1, 13)]
     return there + there[::-1]
 
 
-def part_of(s: Scene, ts: Sequence[float], cell: int) -> Image.Image:
-    """D(E(x) L^t) and D(E(x) ((1 - t) I + t L)) of the first map, for each t."""
-    model = s.linear()
-    L = model.maps[0].L
-    z, unit, title = s.encode(s.digits), torch.eye(len(L)).to(L), f"Part of {s.augs[0]}"
-    powers = [draw(model.decoder, z @ matrix_power(L, t)) for t in ts]
-    blends = [draw(model.decoder, z @ ((1 - t) * unit + t * L)) for t in ts]
-    if len(ts) == 1:
-        return grid(f"{title}, t = {ts[0]:.2f}", s.columns, [
-            ("L^t", powers[0]), ("(1 - t) I + t L", blends[0])], cell)
-    rows = []
-    for i in range(2 % len(s.digits), len(s.digits), 2):
-        for label, drawn in (("L^t", powers), ("(1 - t) I + t L", blends)):
-            rows.append((f"{s.columns[i]}: {label}", [pictures[i] for pictures in drawn]))
-        rows.append(None)
-    return grid(title, [f"t = {t:.2f}" for t in ts], rows[:-1], cell)
+def part_of(s: Scene, t: float) -> dict[str, np.ndarray]:
+    """D(E(x) L^t) and D(E(x) ((1 - t) I + t L)) of the first map: {"L^t": pictures, ..}."""
+    z, L = s.encode(s.digits), s.linear().maps[0].L
+    matrices = {"L^t": matrix_power(L, t),
+                "(1 - t) I + t L": (1 - t) * torch.eye(len(L)).to(L) + t * L}
+    return {label: draw(s.model().decoder, z @ M) for label, M in matrices.items()}
 
 
 @figure
@@ -953,8 +942,7 @@ def training_curves(s):
 
 def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
     """(epoch, a loss) for each hundredth of an epoch; at first it is off the page."""
-    curves = [row["curve"] for row in rows]
-    return [point for curve in curves for point in zip(curve["epoch"], curve[key])
+    return [point for row in rows for point in zip(row["curve"]["epoch"], row["curve"][key])
             if point[0] > 0.1]
 
 
