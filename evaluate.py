@@ -512,21 +512,20 @@ class Scene:
 
     def model(self, name: str = "lavae") -> LAVAE | CVAE:
         """The model of that name. Raises Lacking: it is not there."""
-        if name not in self.models:
-            raise Lacking(f"needs the model {name}: train it with `python train.py --baselines`"
-                              if name != "lavae" else "needs a LAVAE")
+        need(name in self.models, "a LAVAE" if name == "lavae" else
+             f"the model {name}: train it with `python train.py --baselines`")
         return self.models[name]
 
     def planar(self) -> LAVAE:
         """The LAVAE. Raises Lacking: its latents fill no plane."""
-        if self.model().latent_dim < 2:
-            raise Lacking("needs latents of two numbers or more: train with another --latent-dim")
+        need(self.model().latent_dim >= 2,
+             "latents of two numbers or more: train with another --latent-dim")
         return self.model()
 
     def linear(self) -> LAVAE:
         """The LAVAE. Raises Lacking: its maps are not matrices."""
-        if not isinstance(self.model().maps[0], LatentMap):
-            raise Lacking("needs linear maps: train without --latent-map")
+        need(isinstance(self.model().maps[0], LatentMap),
+             "linear maps: train without --latent-map")
         return self.model()
 
     def encode(self, images: np.ndarray) -> Tensor:
@@ -543,8 +542,14 @@ class Scene:
                 for L, z_v in zip(self.products, latents)]
 
 
-class Lacking(Exception):
+class Lacking(ValueError):
     """A run cannot have a figure; the message says what it needs."""
+def need(there: bool, what: str) -> None:
+    """Raises Lacking where what a figure needs is not there."""
+    if not there:
+        raise Lacking(f"needs {what}")
+
+
 
 
 FIGURES: dict[str, Callable] = {}  # by name; --list prints their docstrings
@@ -730,8 +735,7 @@ def drift(path: np.ndarray, order: int | None) -> np.ndarray:
 def fig6_transfer(s):
     """Fig. 6: the same latents drawn by the decoder of each transfer"""
     model, z = s.model(), s.encode(s.digits)
-    if not model.transfers:
-        raise Lacking("needs a transfer: train with --transfer")
+    need(bool(model.transfers), "a transfer: train with --transfer")
     return {f"fig6_{key}": grid(
         f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
         view_rows(augs, s.digits, s.through_maps(z, "D_B(E(x){})", head)))
@@ -817,8 +821,7 @@ def any_to_any(s):
 def table1(s):
     """the totals of Table I as bars"""
     rows, paper = models_of(s.result), of_paper(PAPER_TABLE, s.dataset, "+".join(s.augs))
-    if len(rows) < 2:
-        raise Lacking("needs baselines: train them with `python train.py --baselines`")
+    need(len(rows) > 1, "baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
         (label_of(name, row), row["total"],
          paper[name][-1] if name in paper and "told" not in row else None)
@@ -829,8 +832,7 @@ def table1(s):
 def group_elements(s):
     """every element of the group that turns and flips generate, most of them never shown"""
     functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
-    if len(found) <= len(s.names):
-        raise Lacking("needs augmentations with more products than views, like rotate_cw")
+    need(len(found) > len(s.names), "augmentations with more products than views, like rotate_cw")
     model, z, rows = s.linear(), s.encode(s.digits), []
     for name, exponents in found.items():
         letters = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
@@ -916,8 +918,7 @@ def traversals(s):
 @figure
 def latent_plane(s, n=15):
     """the whole latent plane, decoded (--latent-dim 2 only)"""
-    if s.model().latent_dim != 2:
-        raise Lacking(f"needs a run with --latent-dim 2, not {s.model().latent_dim}")
+    need(s.model().latent_dim == 2, f"a run with --latent-dim 2, not {s.model().latent_dim}")
     at = torch.linspace(-2.5, 2.5, n)
     z = torch.cartesian_prod(at.flip(0), at).flip(1).to(s.device)  # rows: z2 from the top down
     drawn = draw(s.model().decoder, z).reshape(n, n, 28, 28)
@@ -1062,7 +1063,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped\n")
-    except (Lacking, ValueError) as error:
+    except ValueError as error:
         parser.error(f"{run}: {error}" if run else str(error))
     except OSError as error:
         parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy the "
