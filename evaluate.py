@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import combinations, cycle, product
 from pathlib import Path
 
@@ -1094,7 +1094,7 @@ def scenes_of(options: argparse.Namespace) -> list[Scene]:
         if not (run / "model.pt").is_file() and any(run.glob("*/model.pt")):
             raise FileNotFoundError(f"{run} only holds runs: name those, or add --heatmap")
     device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
-    data, scenes = {}, []
+    read_images, scenes = cache(load_images), []
     for run in runs:
         models = load_family(run, device)
         dataset = next(iter(models.values())).settings["dataset"]
@@ -1103,11 +1103,9 @@ def scenes_of(options: argparse.Namespace) -> list[Scene]:
                                               if s.run.parent == run.parent)):
             raise ValueError(f"{run} is no part of the heat-map there: it should be a LAVAE of the "
                              "augmentations that name its folder, on the data set of the others")
-        if dataset not in data:
-            data[dataset] = load_images(dataset, options.data_dir)
-        x, y = data[dataset][2:]
-        labels = np.array(sorted(set(options.digits or y.tolist())))
-        scenes.append(Scene(run, models, dataset, data[dataset], one_of_each(x, y)[labels], labels,
+        data = read_images(dataset, options.data_dir)
+        labels = np.unique(options.digits or data[3])
+        scenes.append(Scene(run, models, dataset, data, one_of_each(*data[2:])[labels], labels,
                             device, options.seed))
     return scenes
 
