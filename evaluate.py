@@ -40,7 +40,7 @@ from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixe
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
           "vae": "VAE of originals"}
-PAPER_TABLE = {"flip_lr+flip_ud": {  # Table I: the views, and their sum; the last is given as 695.68
+PAPER_TABLE = {"flip_lr+flip_ud": {  # Table I: views and their sum; it gives the last as 695.68
     "lavae": [68.34, 75.89, 71.30, 81.57, 297.10], "cvae": [98.11, 260.18, 351.79, 279.82, 989.90],
     "cvae-paired": [99.15, 99.16, 99.26, 299.12, 596.69]}}
 PAIR_NAMES = ["+".join(pair) for pair in PAIRS]
@@ -164,7 +164,7 @@ def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
             "re-encoded": (away.norm() / half.norm()).item()}
 
 
-def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def told_apart(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
     """Whether a small classifier knows the view of each test latent, (N,) bool for each view.
 
     train, test: the latents of each view, (N, latent_dim). A hidden layer of 64, 5 epochs, seeded.
@@ -172,7 +172,7 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor], seed: int = 0) -
     z = torch.cat([*train])
     y = torch.arange(len(train), device=z.device).repeat_interleave(len(train[0]))
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         classifier = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(train)))
         optimizer = AdaBelief(classifier.to(z.device).parameters(), lr=1e-2)
         for _ in range(5):
@@ -217,10 +217,9 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     z, mapped = encoded[0], views(encoded[0], model.maps)
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = torch.stack(told_apart(known, mapped)).cpu()
-    any_to_any = {"orig": {name: row[name] for name in names}}
-    for v, (name, z_v) in list(enumerate(zip(names, encoded)))[1:]:
-        latents = views(model.from_view(z_v, v), model.maps)
-        any_to_any[name] = each(names, model.decoder, latents, images)
+    any_to_any = {"orig": {name: row[name] for name in names}} | {
+        name: each(names, model.decoder, views(model.from_view(encoded[v], v), model.maps), images)
+        for v, name in enumerate(names) if v}
     row |= {
         "reverse": nats(model.decoder, reverse(model, z), images[-1]),
         "direct": each(names, model.decoder, encoded, images),
@@ -400,8 +399,7 @@ def report_heatmap(dataset: str, table: dict) -> None:
 def pca(x: np.ndarray, k: int = 2) -> np.ndarray:
     """The k directions of the largest variance: (N, d) to scores (N, k), by SVD."""
     x = x - x.mean(0)
-    _, _, directions = np.linalg.svd(x, full_matrices=False)
-    directions = directions[:k]
+    directions = np.linalg.svd(x, full_matrices=False)[2][:k]
     largest = np.abs(directions).argmax(1)  # whose sign is +, so that figures do not flip
     return x @ (directions * np.sign(directions[np.arange(k), largest])[:, None]).T
 
@@ -544,12 +542,12 @@ class Scene:
 
 class Lacking(ValueError):
     """A run cannot have a figure; the message says what it needs."""
+
+
 def need(there: bool, what: str) -> None:
     """Raises Lacking where what a figure needs is not there."""
     if not there:
         raise Lacking(f"needs {what}")
-
-
 
 
 FIGURES: dict[str, Callable] = {}  # by name; --list prints their docstrings
@@ -616,11 +614,10 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple], scales
     page = ImageOps.expand(page, 1, "silver")
     if not scales:
         return page
-    ends = [text(f"{value:.3g}", 20) for value in (*low, *high)]
-    left = table([[ends[3]], [Image.new("RGB", (1, page.height - 2 * ends[0].height), "white")],
-                  [ends[1]]], "r", gap=0)
-    room = Image.new("RGB", (max(1, page.width - ends[0].width - ends[2].width), 1), "white")
-    return table([[left, page], [None, table([[ends[0], room, ends[2]]], "l", gap=0)]])
+    x0, y0, x1, y1 = (text(f"{value:.3g}", 20) for value in (*low, *high))
+    left = table([[y1], [box((1, page.height - 2 * y0.height), "white")], [y0]], "r", gap=0)
+    room = box((max(1, page.width - x0.width - x1.width), 1), "white")
+    return table([[left, page], [None, table([[x0, room, x1]], gap=0)]])
 
 
 def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> Image.Image:
@@ -905,13 +902,11 @@ def prior_samples(s):
 @figure
 def traversals(s):
     """what each latent does: a row a dimension, from -3 to 3"""
-    z = s.encode(s.digits[2 % len(s.digits)][None])
+    z = s.encode(s.digits[2 % len(s.digits)][None])  # (1, latent_dim)
     steps = torch.linspace(-3, 3, 9).to(z)
-    rows = []
-    for i in range(z.shape[1]):
-        moved = z.repeat(len(steps), 1)
-        moved[:, i] = steps
-        rows.append((f"z{i + 1}", draw(s.model().decoder, moved)))
+    chosen = torch.eye(z.shape[1], device=z.device).bool()  # a row for each latent
+    rows = [(f"z{i}", draw(s.model().decoder, torch.where(one, steps[:, None], z)))
+            for i, one in enumerate(chosen, 1)]
     return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 52)
 
 
@@ -986,12 +981,11 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
         start = time.perf_counter()
         try:
             pages = FIGURES[name](scene)
+            for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
+                path = save(page, scene.run / part)
+                print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
         except Lacking as error:
             missing.append(f"{name} {error}")
-            continue
-        for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-            path = save(page, scene.run / part)
-            print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
     return missing
 
 
