@@ -386,24 +386,22 @@ def _largest_figure(ink, noise):
     if not inked.any():
         return inked, 0
     inked = soft > 0.4 * np.median(soft[inked])
-    parts = _parts(inked)
-    mass = np.bincount(parts.ravel(), (soft * inked).ravel())  # of part 0, the page: none
+    parts, mass = _parts(inked, soft * inked)
     largest = parts == mass.argmax()
     sides = [np.ptp(np.flatnonzero(largest.any(axis))) + 1 for axis in (0, 1)]
     inked &= (mass > 0.01 * mass.max())[parts]  # no specks
-    parts = _parts(_grown(inked, 0.04 * max(sides)))
-    mass = np.bincount(parts.ravel(), (soft * inked).ravel())
+    parts, mass = _parts(_grown(inked, 0.04 * max(sides)), soft * inked)
     return inked & (parts == mass.argmax()), (mass > mass.max() / 3).sum() - 1
 
 
-def _parts(mask):
-    """A number for each connected part of a mask, 0 outside."""
+def _parts(mask, ink):
+    """A number for each connected part of a mask, 0 outside; the ink in part 0, 1, .."""
     labels = np.where(mask, np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape), 0)
     while True:  # each pixel takes the largest label around it, then the label that this one has
         around = np.where(mask, _grown(labels, 1), 0)
         new = np.append(0, around).astype(np.int32)[around]
         if (new == labels).all():
-            return labels
+            return labels, np.bincount(labels.ravel(), ink.ravel())
         labels = new
 
 
@@ -419,10 +417,8 @@ def _boxed(ink):
     side = max(ink.shape) - 2
     dark = ink > 127
     rim = dark[1:-1, 1:-1] & ~(dark[2:, 1:-1] & dark[:-2, 1:-1] & dark[1:-1, 2:] & dark[1:-1, :-2])
-    more = round(0.05 * side - dark.sum() / max(1, rim.sum()))
-    if more > 0:  # strokes thinner than two pixels of 20
-        ink = _grown(np.pad(ink, more), more)
-    ink = ink[1:-1, 1:-1]
+    more = max(0, round(0.05 * side - dark.sum() / max(1, rim.sum())))
+    ink = _grown(np.pad(ink, more), more)[1:-1, 1:-1]  # strokes of two pixels of 20 at least
     size = [max(1, round(n * 20 / max(ink.shape))) for n in ink.shape]
     box = np.asarray(Image.fromarray(ink).resize(
         size[::-1], Image.Resampling.BOX if max(ink.shape) > 20 else Image.Resampling.BICUBIC))
@@ -437,10 +433,9 @@ def _grey(picture):  # floats from 0 to 255; what is transparent is black or whi
         grey = np.asarray(picture, np.float64)
         return (grey - grey.min()) * (255 / max(1, np.ptp(grey)))
     picture = picture.convert("RGBA")
-    grounds = [Image.new("RGBA", picture.size, colour) for colour in ("white", "black")]
-    layers = [np.asarray(Image.alpha_composite(ground, picture).convert("L"), np.float64)
-              for ground in grounds]
-    return max(layers, key=np.std)
+    layers = [Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("L")
+              for ground in ("white", "black")]
+    return max((np.asarray(layer, np.float64) for layer in layers), key=np.std)
 
 
 # ---------------------------------------------------------------- pictures
