@@ -190,12 +190,10 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
     smooth_y = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     smooth_x = p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]
     # From here on images have a border of zeros and lie flat: a neighbour is an offset, no more.
-    gx, gy = np.zeros((2, *p.shape), np.int16)
-    np.subtract(smooth_y[:, :, 2:], smooth_y[:, :, :-2], out=gx[:, 1:-1, 1:-1])
-    np.subtract(smooth_x[:, 2:], smooth_x[:, :-2], out=gy[:, 1:-1, 1:-1])
-    gx, gy, right, down = gx.ravel(), gy.ravel(), 1, width + 2
-    magnitude = np.multiply(gx, gx, dtype=np.int32)
-    magnitude += np.multiply(gy, gy, dtype=np.int32)
+    gx = np.pad(smooth_y[:, :, 2:] - smooth_y[:, :, :-2], border).ravel()
+    gy = np.pad(smooth_x[:, 2:] - smooth_x[:, :-2], border).ravel()
+    right, down = 1, p.shape[2]
+    magnitude = np.square(gx, dtype=np.int32) + np.square(gy, dtype=np.int32)
 
     # Thin. The direction is the gradient's, rounded to 45 degrees by comparing |gy| with
     # tan(22.5) |gx| and tan(67.5) |gx| = (tan(22.5) + 2) |gx|, OpenCV's way: 15 bits for tan(22.5).
