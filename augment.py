@@ -185,8 +185,8 @@ def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray
 
 
 def _canny(images, low, high):  # the thresholds squared, as the gradients are
-    height, width = images.shape[1:]
-    p = np.pad(images, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.int16)
+    border = ((0, 0), (1, 1), (1, 1))
+    p = np.pad(images, border, "edge").astype(np.int16)
     smooth_y = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     smooth_x = p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]
     # From here on images have a border of zeros and lie flat: a neighbour is an offset, no more.
@@ -468,6 +468,14 @@ def table(rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: 
     return page
 
 
+def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> Image.Image:
+    """A coloured box, with lines of (words, font size) in its middle."""
+    page = Image.new("RGB", size, paper)
+    words = table([[text(*line, ink, paper)] for line in lines], "c", 2, paper)
+    page.paste(words, ((page.width - words.width) // 2, (page.height - words.height) // 2))
+    return page
+
+
 def titled(title: str, *pictures: Image.Image) -> Image.Image:
     """A page: pictures one above the other, under a title."""
     rows = [[text(title, 32)], *([picture] for picture in pictures)]
@@ -485,10 +493,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
         return ImageOps.expand(image, 1, "silver")
 
-    heads = [text(words) for words in columns]
-    widest = max(head.width for head in heads)  # all are as wide: so are the columns
-    heads = [ImageOps.expand(head, ((widest - head.width) // 2, 0, (widest - head.width + 1) // 2,
-                                    0), "white") for head in heads]
+    widest = max(text(words).width for words in columns)  # all are as wide: so are the columns
+    heads = [box((widest, 30), "white", (words, 24)) for words in columns]
     return titled(title, table([[None, *heads]] * any(columns) + [
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 
@@ -521,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     digits = one_of_each(x_test, y_test)
     rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()), None,
             ("+".join(options.augs), all_views(digits, options.augs)[-1])]
-    page = grid("Augmentations", [str(label) for label in np.unique(y_test)], rows, cell=64)
+    page = grid("Augmentations", CLASSES["mnist"], rows, cell=64)
     try:
         page.save(options.out)
     except (OSError, ValueError) as error:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, grid,
-                     like_mnist, load_images, one_of_each, table, text, titled, view_names,
+from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, box,
+                     grid, like_mnist, load_images, one_of_each, table, text, titled, view_names,
                      views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
 
@@ -618,14 +618,6 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple], scales
     left = table([[y1], [box((1, page.height - 2 * y0.height), "white")], [y0]], "r", gap=0)
     room = box((max(1, page.width - x0.width - x1.width), 1), "white")
     return table([[left, page], [None, table([[x0, room, x1]], gap=0)]])
-
-
-def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> Image.Image:
-    """A coloured box, with lines of (words, font size) in its middle."""
-    page = Image.new("RGB", size, paper)
-    words = table([[text(*line, ink, paper)] for line in lines], "c", 2, paper)
-    page.paste(words, ((page.width - words.width) // 2, (page.height - words.height) // 2))
-    return page
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Image.Image:
