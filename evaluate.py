@@ -84,12 +84,6 @@ def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
     return bces.mean().item(), hits / len(z)
 
 
-def each(names: Sequence[str], decoder: nn.Module, latents: Sequence[Tensor],
-         images: Sequence[Tensor]) -> dict[str, float]:
-    """A row of the table: the nats of every view."""
-    return {name: nats(decoder, z, x) for name, z, x in zip(names, latents, images)}
-
-
 def with_total(row: dict[str, float]) -> dict[str, float]:
     """The row and its sum, the paper's figure of merit."""
     return row | {"total": sum(row.values())}
@@ -201,10 +195,9 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 
     y: their digits (N,), for a CVAE that is told them.
     """
-    known = [torch.from_numpy(y).long().to(device)] if isinstance(model, CVAE) else []
-    x = torch.from_numpy(x).to(device)
-    z = model.encode(x, 0, *known) if known else model.encode(x)
-    return [model.to_view(z, v, *known) for v in range(2 ** len(model.augs))]
+    known = {"labels": torch.from_numpy(y).long().to(device)} if isinstance(model, CVAE) else {}
+    z = model.encode(torch.from_numpy(x).to(device), **known)
+    return [model.to_view(z, v, **known) for v in range(2 ** len(model.augs))]
 
 
 @torch.no_grad()
@@ -217,12 +210,16 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     z, mapped = encoded[0], views(encoded[0], model.maps)
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = torch.stack(told_apart(known, mapped)).cpu()
+
+    def each(latents):  # the nats of every view, drawn from these
+        return {name: nats(model.decoder, z, x) for name, z, x in zip(names, latents, images)}
+
     any_to_any = {"orig": {name: row[name] for name in names}} | {
-        name: each(names, model.decoder, views(model.from_view(encoded[v], v), model.maps), images)
+        name: each(views(model.from_view(encoded[v], v), model.maps))
         for v, name in enumerate(names) if v}
     row |= {
         "reverse": nats(model.decoder, reverse(model, z), images[-1]),
-        "direct": each(names, model.decoder, encoded, images),
+        "direct": each(encoded),
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
         "order_error": {aug: f.order_error(ORDERS[aug], z).item()
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
@@ -236,8 +233,8 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
             for name, exponents in elements(model.augs).items()}}
     transfer = {}
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
-        images = tensors(x, augs, device)
-        bces = torch.stack([decoded(head, z_v, x_v)[1] for z_v, x_v in zip(mapped, images)])
+        bces = torch.stack([decoded(head, z_v, x_v)[1]
+                            for z_v, x_v in zip(mapped, tensors(x, augs, device))])
         transfer[key] = with_total(dict(zip(view_names(augs), bces.mean(1).tolist())))
         for word, kind in (("told_apart", apart), ("confused", ~apart)):
             transfer[key][word] = bces[kind].mean().item() if kind.any() else None
