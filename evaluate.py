@@ -918,8 +918,7 @@ def training_curves(s):
         panels = [(f"{stage}, by epoch", [(key, curve_of(rows, key), "line")
                                           for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
-        if not panels:
-            raise ValueError("no epochs")
+        need(bool(panels), "an epoch")
     except (AttributeError, OSError, ValueError, LookupError, TypeError) as error:
         raise Lacking("needs the metrics.json that train.py wrote") from error
     return chart("Training, nats an image", [panels], scales=True)
@@ -1027,7 +1026,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
     run = None
     try:
-        scenes, measured, missing = scenes_of(options), [], []
+        scenes, missing = scenes_of(options), []
         for scene in scenes:
             run = scene.run
             if options.image:
@@ -1036,8 +1035,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
             else:
                 evaluate_all(scene)
-                measured.append(scene)
-        groups = repeats(measured)
+        groups = [] if options.image or options.only else repeats(scenes)
         for group in groups:
             report_seeds(group)
         for dataset in dict.fromkeys(scene.dataset for scene in scenes) if options.heatmap else ():
