@@ -179,11 +179,10 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def row_of(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray, device: torch.device) -> dict:
-    """A row of Table I and the identity preservation, from the codes of the originals."""
-    names, latents = view_names(model.augs), latents_of_views(model, x, y, device)
-    bces, identity = zip(*(score(model.decoder, z, v)
-                           for z, v in zip(latents, tensors(x, model.augs, device))))
+def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tensor]) -> dict:
+    """A row of Table I and the identity preservation, from `latents_of_views` and the views."""
+    names = view_names(model.augs)
+    bces, identity = zip(*(score(model.decoder, z, v) for z, v in zip(latents, images)))
     told = model.arguments.get("condition")  # where it is not what the paper's is told
     return with_total(dict(zip(names, bces))) | {"identity": dict(zip(names, identity))} | (
         {"told": told} if told in ("digit", "both") else {})
@@ -203,11 +202,11 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 @torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
     """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
-    x_train, _, x, y = data
-    row, functions = row_of(model, x, y, device), [AUGMENTATIONS[aug] for aug in model.augs]
+    x_train, _, x, _ = data
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
     z, mapped = encoded[0], views(encoded[0], model.maps)
+    row, functions = row_of(model, mapped, images), [AUGMENTATIONS[aug] for aug in model.augs]
     known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     apart = torch.stack(told_apart(known, mapped)).cpu()
 
@@ -498,7 +497,9 @@ class Scene:
     @cached_property
     def result(self) -> dict:
         """What evaluation.json holds: measured when it is first asked for."""
-        rows = {name: row_of(model, *self.data[2:], self.device)
+        x, y = self.data[2:]
+        images = tensors(x, self.augs, self.device)
+        rows = {name: row_of(model, latents_of_views(model, x, y, self.device), images)
                 for name, model in self.models.items() if name != "lavae"}
         if "lavae" not in self.models:
             return rows
