@@ -38,7 +38,7 @@ from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, 
                      views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
 
-LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, LAVAE training",
+LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, paired",
           "vae": "VAE of originals"}
 PAPER_TABLE = {"flip_lr+flip_ud": {  # Table I: views and their sum; it gives the last as 695.68
     "lavae": [68.34, 75.89, 71.30, 81.57, 297.10], "cvae": [98.11, 260.18, 351.79, 279.82, 989.90],

@@ -2067,7 +2067,7 @@ def test_the_papers_numbers_are_mnists(small_data, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     evaluated(tmp_path)
     text = capsys.readouterr().out
-    assert "  paper" not in text and "297.10" not in text and "CVAE, LAVAE training" in text
+    assert "  paper" not in text and "297.10" not in text and "CVAE, paired" in text
     assert [paper for _, _, paper in marks] == [None, None]
     assert heads == [augment.CLASSES["fashion_mnist"]] and heads[0][0] == "T-shirt"
     sizes = {name: len(set(names)) for name, names in augment.CLASSES.items()}
