@@ -2682,6 +2682,7 @@ def test_an_accelerator_that_lacks_something_is_not_trusted(monkeypatch, capsys)
 # made from there, and a test finds them in README.
 
 RESULTS = HERE / "assets" / "results"
+ABLATIONS = ("plain", "plain-free", "mlp", "plain-mlp")
 
 
 def keep(run, name):
@@ -2750,17 +2751,20 @@ def table1_row(label, rows):
 
 def readme_parts():
     """README's rows and half-sentences with numbers in them, by what they are about."""
-    flips, turns, three, four, quick, plain = groups = [*map(kept, ("flips", "turns", "three", "four", "quick", "plain"))]
+    groups = {name: kept(name) for name in ("flips", "turns", "three", "four", "quick", *ABLATIONS)}
+    flips, turns, three, four, quick, *_ = groups.values()
     ours, turned = ([run["evaluation"]["lavae"] for run in group] for group in (flips, turns))
-    eq5 = plain[0]["evaluation"]["lavae"]
+    eq5, free, bent, eq5_bent = (groups[name][0]["evaluation"]["lavae"] for name in ABLATIONS)
     *_, both = ours[0]["direct"]
-    transfers = [run["evaluation"]["transfer"]["shear_x+canny"]["total"] for run in flips]
+    heads = [run["evaluation"]["transfer"]["shear_x+canny"] for run in flips]
+    transfers = [head["total"] for head in heads]
     gaps = [one[both] - max(one["flip_lr"], one["flip_ud"]) for one in ours]
-    (made,) = {(run["made"]["hardware"], run["made"]["torch"].split("+")[0], run["made"]["threads"], run["made"]["date"])
-               for group in groups for run in group}
+    made = [run["made"] for group in groups.values() for run in group]
+    (machine,) = {(one["hardware"], one["torch"].split("+")[0], one["threads"]) for one in made}
+    days = dict.fromkeys(f(one["date"] for one in made) for f in (min, max))
     yield "first screen", row("this LAVAE, 6 epochs", *(spread([one[view] for one in ours]) for view in ours[0]["direct"]),
                               f"**{spread([one['total'] for one in ours])}**")
-    yield "made with", "{}, torch {}, {} thread, {}".format(*made)
+    yield "made with", "{}, torch {}, {} thread, ".format(*machine) + " to ".join(days)
     yield "Table I", table1_row("**LAVAE**", ours)
     others = [run["evaluation"]["baselines"] for run in flips if "baselines" in run["evaluation"]]
     for name, label in (("cvae", "CVAE, naive"), ("cvae-paired", "CVAE, paired"), ("vae", "VAE of originals")):
@@ -2773,13 +2777,26 @@ def readme_parts():
     yield "any to any", f"at most {max(map(any_to_any, flips)):.2f}% over direct"
     yield "any to any", f"{max(map(any_to_any, turns)):.1f}% with a quarter turn"
     yield "transfer", f"{np.mean(transfers):.0f} on average ({', '.join(f'{total:.1f}' for total in transfers)})"
+    yield "transfer", "({:.0f} to {:.0f} nats a view, the others {:.0f} to {:.0f})".format(
+        *(f(head[kind] for head in heads) for kind in ("told_apart", "confused") for f in (min, max)))
     yield "composition", f"at most {max(gaps):.2f} nats more than the dearer flip"
     yield "half", f"{half_way(flips, 'length')} times as long as before"
     yield "half", f"{half_way(flips, 're-encoded')} of its length"
     yield "reverse", f"at most {max(one['reverse'] - one[both] for one in ours):.3f} nats"
     yield "commute", f"‖L1 L2 − L2 L1‖ is {max(max(one['group']['commutator'].values()) for one in ours):.3f} at most"
-    yield "Eq. 5", f"{eq5['flip_lr']:.1f} and {eq5['flip_ud']:.1f} for the flips, {eq5[both]:.1f} for both"
+    plain = [run["evaluation"]["lavae"] for run in groups["plain"]]
+    yield "Eq. 5", "the flips at {}; both at {}".format(
+        ", ".join(f"{one['flip_lr']:.1f} and {one['flip_ud']:.1f}" for one in plain),
+        ", ".join(f"{one[both]:.1f}" for one in plain))
+    lost = [one["reverse"] - one[both] for one in plain]
+    yield "Eq. 5", f"without the pinch a loss of {min(lost):.1f} to {max(lost):.1f} nats"
     yield "Eq. 5", f"a total of {eq5['total']:.1f} where direct is {sum(eq5['direct'].values()):.1f}"
+    for who, one in (("draws the flips", eq5_bent), ("matrices", eq5)):
+        yield "MLP", (f"{who} at {one['flip_lr']:.1f} and {one['flip_ud']:.1f}, both at {one[both]:.1f}, "
+                      f"in reverse at {one['reverse']:.1f}")
+    yield "MLP", f"({ours[0]['total']:.1f}, the MLP {bent['total']:.1f})"
+    yield "involution", f"{free['total']:.1f}, with it {eq5['total']:.1f}"
+    yield "involution", f"{free['inverse']['flip_lr']:.0f} nats, with it {eq5['inverse']['flip_lr']:.0f}"
     for run, one in zip(turns, turned):
         roots = Counter((round(re), abs(round(im))) for re, im in one["group"]["eigenvalues"]["rotate_cw"])
         yield "turns", row(f"seed {run['config']['seed']}", f"{one['total']:.2f}", f"{sum(one['direct'].values()):.2f}",
