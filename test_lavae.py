@@ -2807,6 +2807,26 @@ def readme_parts():
     yield "three", f"{spread([run['evaluation']['lavae']['total'] / 8 for run in three])} nats a view"
     yield "three", f"Of three, every view is within {max(map(excess, three)):.1f}% of direct"
     yield "four", f"all sixteen views are within {max(map(excess, four)):.1f}% of direct"
+    yield from heatmap_parts({source: kept(f"heat-{source}")[0]["evaluation"]
+                              for source in evaluate.PAPER_TOTALS})
+
+
+def heatmap_parts(found):
+    """The same of the heat-map; found: the evaluation of each source."""
+    cells = [(source, target, paper, found[source]["lavae" if source == target else "transfer"])
+             for source, totals in evaluate.PAPER_TOTALS.items() for target, paper in totals.items()]
+    cells = [(source, target, paper, (ours if source == target else ours[target])["total"])
+             for source, target, paper, ours in cells]
+    above = [cell for cell in cells if cell[3] > cell[2]]
+    yield "heat-map", f"{16 - len(above)} of 16 cells lie below the paper's"
+    for source, target, paper, total in above:
+        yield "heat-map", f"{source} to {target} ({total:.0f}, paper {paper:.0f})".replace("+", ", ")
+    apart = {source: 100 * ours["lavae"]["separability"] for source, ours in found.items()}
+    yield "heat-map", ", ".join(f"{share:.1f}% of {source.replace('+', ', ')}" for source, share in apart.items())
+    row = found["flip_lr+flip_ud"]["transfer"]["shear_x+canny"]
+    yield "heat-map", f"cost {row['told_apart']:.1f} nats a view, the others {row['confused']:.1f}"
+    back = found["shear_x+canny"]["lavae"]["inverse"]["canny"]
+    yield "heat-map", f"{back:.0f} nats from canny to the original"
 
 
 def test_readmes_numbers_are_those_of_the_kept_runs():
