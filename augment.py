@@ -493,8 +493,10 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
         return ImageOps.expand(image, 1, "silver")
 
-    widest = max(text(words).width for words in columns)  # all are as wide: so are the columns
-    heads = [box((widest, 30), "white", (words, 24)) for words in columns]
+    heads = [text(words) for words in columns]
+    widest = max(head.width for head in heads)  # all are as wide: so are the columns
+    heads = [ImageOps.expand(head, ((widest - head.width) // 2, 0, (widest - head.width + 1) // 2,
+                                    0), "white") for head in heads]
     return titled(title, table([[None, *heads]] * any(columns) + [
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 

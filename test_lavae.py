@@ -2694,7 +2694,7 @@ def keep(run, name):
             return [rounded(value) for value in thing]
         return float(f"{thing:.6g}") if isinstance(thing, float) else thing
 
-    metrics, evaluation = (json.loads((Path(run) / f"{file}.json").read_text()) for file in ("metrics", "evaluation"))
+    metrics, evaluation = (json_of(Path(run) / f"{file}.json") for file in ("metrics", "evaluation"))
     del metrics["history"]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(rounded({**metrics, "evaluation": evaluation})) + "\n")
@@ -2702,7 +2702,7 @@ def keep(run, name):
 
 def kept(name):
     """The runs NAME-0, NAME-1, .. in the order of their seeds."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    runs = [json_of(path) for path in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
     assert [run["config"]["seed"] for run in runs] == [*range(len(runs))] and runs
     for run in runs:  # they differ in nothing else
         assert run["config"] | {"seed": 0} == runs[0]["config"], name
@@ -2710,7 +2710,7 @@ def kept(name):
 
 
 def spread(values):
-    return evaluate.spread(values, digits=1).replace("+-", "±") if len(values) > 1 else f"{values[0]:.1f}"
+    return evaluate.spread(values, digits=1).replace("+-", "±")
 
 
 def row(*cells):
@@ -2754,7 +2754,6 @@ def readme_parts():
     groups = {name: kept(name) for name in ("flips", "turns", "three", "four", "quick", *ABLATIONS)}
     flips, turns, three, four, quick, *_ = groups.values()
     ours, turned = ([run["evaluation"]["lavae"] for run in group] for group in (flips, turns))
-    eq5, free, bent, eq5_bent = (groups[name][0]["evaluation"]["lavae"] for name in ABLATIONS)
     *_, both = ours[0]["direct"]
     heads = [run["evaluation"]["transfer"]["shear_x+canny"] for run in flips]
     transfers = [head["total"] for head in heads]
@@ -2766,7 +2765,7 @@ def readme_parts():
                               f"**{spread([one['total'] for one in ours])}**")
     yield "made with", "{}, torch {}, {} thread, ".format(*machine) + " to ".join(days)
     yield "Table I", table1_row("**LAVAE**", ours)
-    others = [run["evaluation"]["baselines"] for run in flips if "baselines" in run["evaluation"]]
+    others = [run["evaluation"]["baselines"] for run in flips]
     for name, label in (("cvae", "CVAE, naive"), ("cvae-paired", "CVAE, paired"), ("vae", "VAE of originals")):
         yield "Table I", table1_row(label, [one[name] for one in others])
     yield "vae", f"only reach a total of {np.mean([one['vae']['total'] for one in others]):.0f}"
@@ -2784,19 +2783,7 @@ def readme_parts():
     yield "half", f"{half_way(flips, 're-encoded')} of its length"
     yield "reverse", f"at most {max(one['reverse'] - one[both] for one in ours):.3f} nats"
     yield "commute", f"‖L1 L2 − L2 L1‖ is {max(max(one['group']['commutator'].values()) for one in ours):.3f} at most"
-    plain = [run["evaluation"]["lavae"] for run in groups["plain"]]
-    yield "Eq. 5", "the flips at {}; both at {}".format(
-        ", ".join(f"{one['flip_lr']:.1f} and {one['flip_ud']:.1f}" for one in plain),
-        ", ".join(f"{one[both]:.1f}" for one in plain))
-    lost = [one["reverse"] - one[both] for one in plain]
-    yield "Eq. 5", f"without the pinch a loss of {min(lost):.1f} to {max(lost):.1f} nats"
-    yield "Eq. 5", f"a total of {eq5['total']:.1f} where direct is {sum(eq5['direct'].values()):.1f}"
-    for who, one in (("draws the flips", eq5_bent), ("matrices", eq5)):
-        yield "MLP", (f"{who} at {one['flip_lr']:.1f} and {one['flip_ud']:.1f}, both at {one[both]:.1f}, "
-                      f"in reverse at {one['reverse']:.1f}")
-    yield "MLP", f"({ours[0]['total']:.1f}, the MLP {bent['total']:.1f})"
-    yield "involution", f"{free['total']:.1f}, with it {eq5['total']:.1f}"
-    yield "involution", f"{free['inverse']['flip_lr']:.0f} nats, with it {eq5['inverse']['flip_lr']:.0f}"
+    yield from ablation_parts(groups, ours[0], both)
     for run, one in zip(turns, turned):
         roots = Counter((round(re), abs(round(im))) for re, im in one["group"]["eigenvalues"]["rotate_cw"])
         yield "turns", row(f"seed {run['config']['seed']}", f"{one['total']:.2f}", f"{sum(one['direct'].values()):.2f}",
@@ -2811,20 +2798,37 @@ def readme_parts():
                               for source in evaluate.PAPER_TOTALS})
 
 
+def ablation_parts(groups, ours, both):
+    """The same of the ablations, beside our run of the same seed; both: the composition's name."""
+    plain, (free,), (bent,), (eq5_bent,) = (
+        [run["evaluation"]["lavae"] for run in groups[name]] for name in ABLATIONS)
+    eq5 = plain[0]
+    yield "Eq. 5", "the flips at {}; both at {}".format(
+        ", ".join(f"{one['flip_lr']:.1f} and {one['flip_ud']:.1f}" for one in plain),
+        ", ".join(f"{one[both]:.1f}" for one in plain))
+    lost = [one["reverse"] - one[both] for one in plain]
+    yield "Eq. 5", f"without the pinch a loss of {min(lost):.1f} to {max(lost):.1f} nats"
+    yield "Eq. 5", f"a total of {eq5['total']:.1f} where direct is {sum(eq5['direct'].values()):.1f}"
+    for who, one in (("draws the flips", eq5_bent), ("matrices", eq5)):
+        yield "MLP", (f"{who} at {one['flip_lr']:.1f} and {one['flip_ud']:.1f}, both at {one[both]:.1f}, "
+                      f"in reverse at {one['reverse']:.1f}")
+    yield "MLP", f"({ours['total']:.1f}, the MLP {bent['total']:.1f})"
+    yield "involution", f"{free['total']:.1f}, with it {eq5['total']:.1f}"
+    yield "involution", f"{free['inverse']['flip_lr']:.0f} nats, with it {eq5['inverse']['flip_lr']:.0f}"
+
+
 def heatmap_parts(found):
     """The same of the heat-map; found: the evaluation of each source."""
-    cells = [(source, target, paper, found[source]["lavae" if source == target else "transfer"])
-             for source, totals in evaluate.PAPER_TOTALS.items() for target, paper in totals.items()]
-    cells = [(source, target, paper, (ours if source == target else ours[target])["total"])
-             for source, target, paper, ours in cells]
-    above = [cell for cell in cells if cell[3] > cell[2]]
-    yield "heat-map", f"{16 - len(above)} of 16 cells lie below the paper's"
-    for source, target, paper, total in above:
+    cells = evaluate.beside_paper("mnist", {
+        source: evaluate.heatmap_row([ours]) for source, ours in found.items()})
+    above = [cell for cell in cells if cell[2] >= cell[3]]
+    yield "heat-map", f"{len(cells) - len(above)} of {len(cells)} cells lie below the paper's"
+    for source, target, total, paper in above:
         yield "heat-map", f"{source} to {target} ({total:.0f}, paper {paper:.0f})".replace("+", ", ")
     apart = {source: 100 * ours["lavae"]["separability"] for source, ours in found.items()}
     yield "heat-map", ", ".join(f"{share:.1f}% of {source.replace('+', ', ')}" for source, share in apart.items())
-    row = found["flip_lr+flip_ud"]["transfer"]["shear_x+canny"]
-    yield "heat-map", f"cost {row['told_apart']:.1f} nats a view, the others {row['confused']:.1f}"
+    head = found["flip_lr+flip_ud"]["transfer"]["shear_x+canny"]
+    yield "heat-map", f"cost {head['told_apart']:.1f} nats a view, the others {head['confused']:.1f}"
     back = found["shear_x+canny"]["lavae"]["inverse"]["canny"]
     yield "heat-map", f"{back:.0f} nats from canny to the original"
 

@@ -231,6 +231,11 @@ def one_cycle(t: float, warm_up: float = 0.25) -> float:
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
+def images_a_step(n_views: int, batch_size: int, least: int = 1) -> int:
+    """How many images a batch holds, each under n_views views."""
+    return max(least, batch_size // n_views)
+
+
 def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape: tuple[int, int],
         parameters: list[Tensor], epochs: int = 1, batch_size: int = 128, lr: float = 9e-3,
         seed: int = 0, seen: int | None = None, least: int = 1, moving: dict | None = None,
@@ -245,7 +250,7 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
     not a number.
     """
     n_views, n = shape
-    per_batch = max(least, batch_size // n_views)
+    per_batch = images_a_step(n_views, batch_size, least)
     per_epoch = (seen or n_views * n) // n_views
     optimizer, device = AdaBelief(parameters), parameters[0].device
     order = torch.Generator().manual_seed(seed + ORDER)
@@ -892,7 +897,8 @@ def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
 
 def step_of(model: LAVAE | CVAE, settings: Settings) -> int:
     """How many images a step of stage 1 shows."""
-    return max(model.least_images(weights_of(settings)), settings.batch_size // len(model.shown))
+    return images_a_step(len(model.shown), settings.batch_size,
+                         model.least_images(weights_of(settings)))
 
 
 def check_memory(settings: Settings, n: int, device: torch.device) -> None:
