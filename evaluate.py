@@ -972,13 +972,13 @@ def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
     return path
 
 
-def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
+def draw_figures(scene: Scene, figures: dict[str, Callable]) -> list[str]:
     """Draw and save figures, a line for each as it comes; returns why some cannot be drawn."""
     missing = []
-    for name in names:
+    for name, f in figures.items():
         start = time.perf_counter()
         try:
-            pages = FIGURES[name](scene)
+            pages = f(scene)
             for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
                 path = save(page, scene.run / part)
                 print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
@@ -987,9 +987,9 @@ def draw_figures(scene: Scene, names: Sequence[str]) -> list[str]:
     return missing
 
 
-def own_images(scene: Scene, paths: Sequence[Path]) -> None:
+def own_images(scene: Scene, paths: Sequence[Path]) -> dict[str, Image.Image]:
     """Pictures of one's own, a row each: as MNIST would have it, its views, and what the maps draw
-    from it in their place. Raises ValueError: one cannot be read."""
+    from it in their place. A figure like the others. Raises ValueError: one cannot be read."""
     x = np.stack([like_mnist(path) for path in paths])
     drawn = scene.through_maps(scene.encode(x), "D(E(x){})")
     columns = [row for row in view_rows(scene.augs, x, drawn) if row]
@@ -997,8 +997,7 @@ def own_images(scene: Scene, paths: Sequence[Path]) -> None:
              [pictures[i] for _, pictures in columns]) for i, path in enumerate(paths)]
     page = grid("x as MNIST would have it, its views, and what the maps draw from x alone",
                 [label for label, _ in columns], rows, cell=140)
-    name = f"image_{paths[0].stem}" if len(paths) == 1 else "images"
-    print(f"wrote {save(page, scene.run / name)}")
+    return {f"image_{paths[0].stem}" if len(paths) == 1 else "images": page}
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -1034,18 +1033,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--heatmap draws all figures: leave --only and --image out")
     if options.seed < 0:
         parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
-    run = None
+    run, chosen = None, {name: FIGURES[name] for name in options.only or ()}
+    if options.image:
+        chosen["--image"] = partial(own_images, paths=options.image)
     try:
         scenes, missing = scenes_of(options), []
         for scene in scenes:
             run = scene.run
-            if options.image:
-                own_images(scene, options.image)
-            elif options.only:
-                missing += [f"{run}: {why}" for why in draw_figures(scene, options.only)]
+            if chosen:
+                missing += [f"{run}: {why}" for why in draw_figures(scene, chosen)]
             else:
                 evaluate_all(scene)
-        groups = [] if options.image or options.only else repeats(scenes)
+        groups = [] if chosen else repeats(scenes)
         for group in groups:
             report_seeds(group)
         for dataset in dict.fromkeys(scene.dataset for scene in scenes) if options.heatmap else ():
@@ -1108,7 +1107,7 @@ def evaluate_all(scene: Scene) -> None:
     report(scene.dataset, scene.augs, scene.result)
     (scene.run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
     print()
-    draw_figures(scene, [*FIGURES])
+    draw_figures(scene, FIGURES)
 
 
 def some_pictures(run: Path, device: torch.device) -> list[Tensor]:

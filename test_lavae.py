@@ -972,7 +972,7 @@ def test_one_augmentation_and_three(augs, small_data, tmp_path):
     assert [*scene.result["transfer"][targets.replace(" ", "+")]] == [
         *augment.view_names(targets.split()), "total", "told_apart", "confused"]
     slow_ones = {"fig10_projections", "partial_moving", "traversals", "sampling"}  # drawn elsewhere
-    quick_ones = [name for name in evaluate.FIGURES if name not in slow_ones]
+    quick_ones = {name: f for name, f in evaluate.FIGURES.items() if name not in slow_ones}
     lacking = evaluate.draw_figures(scene, quick_ones)
     assert {why.split()[0] for why in lacking} - {"group_elements"} == {
         "fig8_cvae", "fig9_paired_cvae", "table1", "latent_plane", "training_moving"}
@@ -1318,9 +1318,8 @@ def test_where_no_view_is_confused_no_number_is_printed(run, data, monkeypatch, 
 
 
 def test_a_figure_that_fails_is_not_left_out_in_silence(run, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "FIGURES", {"bad": lambda s: [][0]})
     with pytest.raises(IndexError):
-        evaluate.draw_figures(scene_of(tmp_path, run[1], few(data)), ["bad"])
+        evaluate.draw_figures(scene_of(tmp_path, run[1], few(data)), {"bad": lambda s: [][0]})
 
 
 def test_one_latent_and_nine_augmentations(small_data, data, tmp_path, monkeypatch, capsys):
@@ -1359,8 +1358,8 @@ def test_a_cvae_that_is_told_the_digit_says_so(small_data, tmp_path, monkeypatch
 def test_evaluate_writes_the_tables_and_the_figures(small_data, quick_tsne, tmp_path, monkeypatch,
                                                     capsys):
     run, twin, draw_figures = tmp_path / "run", tmp_path / "twin", evaluate.draw_figures
-    monkeypatch.setattr(evaluate, "draw_figures", lambda scene, names: (
-        scene.run == run and draw_figures(scene, names)))  # the twin's are the same
+    monkeypatch.setattr(evaluate, "draw_figures", lambda scene, figures: (
+        scene.run == run and draw_figures(scene, figures)))  # the twin's are the same
     small(run, "--epochs 1 --transfer-epochs 1 --baselines")
     twin.mkdir()
     shutil.copy(run / "model.pt", twin)
@@ -1426,6 +1425,9 @@ def test_runs_without_matrices_are_evaluated(small_data, quick_tsne, tmp_path, m
     assert "CVAE, naive" in capsys.readouterr().out
     assert {path.name for path in cvae.glob("*.png")} == {"fig8_cvae.png", "training_curves.png"}
     refused(evaluate.main, [mlp, "--only", "eigenvalues"], "linear maps", "--latent-map")
+    digit_picture(3, 100, "black", "white").save(tmp_path / "x.png")
+    refused(evaluate.main, [cvae, mlp, "--image", tmp_path / "x.png"], f"{cvae}: --image needs a LAVAE")
+    assert (mlp / "image_x.png").is_file()  # drawn all the same
 
 
 def test_a_digit_keeps_its_place(run, data):
@@ -2106,7 +2108,8 @@ def test_ctrl_c_stops_after_the_batch(small_data, tmp_path, monkeypatch, capsys)
     ("--seed 0", "--seed 0", 5, 0),  # before the first epoch was noted
     ("--baselines", "--baselines --seed 1", 2 * 26 + 15, 2),  # in the third model
     ("--baselines", "--baselines", 2 * 26 + 15, 2),
-    ("--seed 0 --record", "--record --seed 2", 20, 0)])
+    ("--seed 0 --record", "--record --seed 2", 20, 0),
+    ("--seed 0 --record", "--seed 2", 20, 0)])
 def test_what_was_to_be_overwritten_is_resumed_as_it_was_asked(old, new, batches, kept, trained,
                                                                small_data, tmp_path, capsys):
     """--overwrite over a finished run, Ctrl-C, --resume: the bits of a run that was never stopped."""
