@@ -109,8 +109,7 @@ def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
     def blend(block):
         p = np.pad(block, ((0, 0), (1, 1), (1, 1)), "reflect").astype(np.int16)
         centre = p[:, 1:-1, 1:-1]
-        laplacian = (p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:]
-                     - 4 * centre)
+        laplacian = p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:] - 4 * centre
         return np.rint((1 - alpha) * centre + alpha * laplacian).clip(0, 255).astype(np.uint8)
 
     return _in_blocks(blend, images)
@@ -412,10 +411,9 @@ def _boxed(ink):
     """Ink, uint8, to MNIST's size, weight and place, uint8 (28, 28)."""
     rows, columns = np.flatnonzero(ink.max(1)), np.flatnonzero(ink.max(0))
     ink = np.pad(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
-    side = max(ink.shape) - 2
     dark = ink > 127
     rim = dark[1:-1, 1:-1] & ~(dark[2:, 1:-1] & dark[:-2, 1:-1] & dark[1:-1, 2:] & dark[1:-1, :-2])
-    more = max(0, round(0.05 * side - dark.sum() / max(1, rim.sum())))
+    more = max(0, round(0.05 * (max(ink.shape) - 2) - dark.sum() / max(1, rim.sum())))
     ink = _grown(np.pad(ink, more), more)[1:-1, 1:-1]  # strokes of two pixels of 20 at least
     size = [max(1, round(n * 20 / max(ink.shape))) for n in ink.shape]
     box = np.asarray(Image.fromarray(ink).resize(
@@ -442,10 +440,9 @@ def _grey(picture):  # floats from 0 to 255; what is transparent is black or whi
 def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
     """Words as a picture; lines are centred. size: in pixels, about a line's height."""
     font, lines = ImageFont.load_default(size), words.split("\n")
-    page = Image.new("RGB", (8 + math.ceil(max(map(font.getlength, lines))),
-                             size * 5 // 4 * len(lines)), paper)
-    ImageDraw.Draw(page).multiline_text((page.width / 2, page.height / 2), words, colour, font,
-                                        "mm", align="center")
+    width, height = 8 + math.ceil(max(map(font.getlength, lines))), size * 5 // 4 * len(lines)
+    page = Image.new("RGB", (width, height), paper)
+    ImageDraw.Draw(page).text((width / 2, height / 2), words, colour, font, "mm", align="center")
     return page
 
 
@@ -478,8 +475,7 @@ def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> I
 
 def titled(title: str, *pictures: Image.Image) -> Image.Image:
     """A page: pictures one above the other, under a title."""
-    rows = [[text(title, 32)], *([picture] for picture in pictures)]
-    return ImageOps.expand(table(rows, "l", gap=10), 23, "white")
+    return ImageOps.expand(table([[text(title, 32)], *zip(pictures)], "l", gap=10), 23, "white")
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarray] | None],
@@ -494,9 +490,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         return ImageOps.expand(image, 1, "silver")
 
     heads = [text(words) for words in columns]
-    widest = max(head.width for head in heads)  # all are as wide: so are the columns
-    heads = [ImageOps.expand(head, ((widest - head.width) // 2, 0, (widest - head.width + 1) // 2,
-                                    0), "white") for head in heads]
+    widest = Image.new("RGB", (max(head.width for head in heads), 0))  # so wide are all columns
+    heads = [table([[widest], [head]], "c", gap=0) for head in heads]
     return titled(title, table([[None, *heads]] * any(columns) + [
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 
@@ -523,10 +518,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of()
     options = parser.parse_args(argv)
     try:
-        _, _, x_test, y_test = load_images()
+        digits = one_of_each(*load_images()[2:])
     except OSError as error:
         parser.error(str(error))
-    digits = one_of_each(x_test, y_test)
     rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()), None,
             ("+".join(options.augs), all_views(digits, options.augs)[-1])]
     page = grid("Augmentations", CLASSES["mnist"], rows, cell=64)

@@ -245,13 +245,12 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]]) -> None:
     """Rows of (label, cells) under column heads; a cell is a number, a text, or None: nothing."""
-    first = 2 + max(len(text) for text in (title, *(label for label, _ in rows)))
-    cells = [["" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values]
-             for _, values in rows]
-    widths = [2 + max(7, *map(len, column)) for column in zip(columns, *cells)]
-    print("\n" + title.ljust(first) + "".join(c.rjust(w) for c, w in zip(columns, widths)))
-    for (label, _), row in zip(rows, cells):
-        print(label.ljust(first) + "".join(c.rjust(w) for c, w in zip(row, widths)).rstrip())
+    rows = [[label, *("" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values)]
+            for label, values in ((title, columns), *rows)]
+    first, *widths = (2 + max(7, *map(len, column)) for column in zip(*rows))
+    print()
+    for label, *cells in rows:
+        print(label.ljust(first) + "".join(c.rjust(w) for c, w in zip(cells, widths)).rstrip())
 
 
 def models_of(result: dict) -> dict[str, dict]:
@@ -302,10 +301,9 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
     for name, square in row["order_error"].items():
         print(f"|I - L^{ORDERS[name]}|^2 of {name}: {square:.1e}")
     if row["group"]:
-        for name, norm in row["group"]["commutator"].items():
-            print(f"|L1 L2 - L2 L1| of {name}: {norm:.1e}")
-        for name, norm in row["group"]["products"].items():
-            print(f"|I - L1 L2 L1 L2| of {name}: {norm:.1e}")
+        for key, formula in (("commutator", "L1 L2 - L2 L1"), ("products", "I - L1 L2 L1 L2")):
+            for name, norm in row["group"][key].items():
+                print(f"|{formula}| of {name}: {norm:.1e}")
         if row["group"]["directions"]:
             print(f"latent directions that {' and '.join(augs)} keep (+) or reverse (-): "
                   + ", ".join(f"{k} {v}" for k, v in row["group"]["directions"].items()))
@@ -420,12 +418,9 @@ def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
     W = np.linalg.qr(np.random.default_rng(seed).standard_normal((k, k)))[0]
     for _ in range(1000):
         g = np.tanh(white @ W.T)
-        new = g.T @ white / len(white) - (1 - g ** 2).mean(0)[:, None] * W
-        u, _, v = np.linalg.svd(new)
-        new = u @ v  # (W W^T)^(-1/2) W
-        moved = np.abs(1 - np.abs((new * W).sum(1))).max()
-        W = new
-        if moved < 1e-10:
+        u, _, v = np.linalg.svd(g.T @ white / len(white) - (1 - g ** 2).mean(0)[:, None] * W)
+        W, before = u @ v, W  # (W W^T)^(-1/2) W
+        if np.abs(1 - np.abs((W * before).sum(1))).max() < 1e-10:
             break
     return white @ W.T
 
@@ -439,17 +434,15 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
     """
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     n = len(x)
-    distances = torch.cdist(x, x).square()
-    distances.fill_diagonal_(math.inf)
+    distances = torch.cdist(x, x).square().fill_diagonal_(math.inf)
     low, high, beta = torch.zeros(n, 1), torch.full((n, 1), math.inf), torch.ones(n, 1)
     beta /= distances[distances.isfinite()].mean()
-    nearest = distances.min(1, keepdim=True).values
+    distances -= distances.min(1, keepdim=True).values  # beyond the nearest neighbour's
     for _ in range(50):  # bisect for the widths: entropy = log(perplexity)
-        p = torch.exp(-beta * (distances - nearest))
+        p = torch.exp(-beta * distances)
         total = p.sum(1, keepdim=True)
         p /= total
-        surprise = beta * (distances - nearest).nan_to_num(0, 0)
-        entropy = total.log() + (p * surprise).sum(1, keepdim=True)
+        entropy = total.log() + (p * (beta * distances.nan_to_num(0, 0))).sum(1, keepdim=True)
         narrow = entropy > math.log(perplexity)  # the Gaussian must become narrower
         low, high = torch.where(narrow, beta, low), torch.where(narrow, high, beta)
         beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
@@ -529,8 +522,7 @@ class Scene:
 
     def linear(self) -> LAVAE:
         """The LAVAE. Raises Lacking: its maps are not matrices."""
-        need(isinstance(self.model().maps[0], LatentMap),
-             "linear maps: train without --latent-map")
+        need(isinstance(self.model().maps[0], LatentMap), "linear maps: train without --latent-map")
         return self.model()
 
     def encode(self, images: np.ndarray) -> Tensor:
@@ -555,16 +547,6 @@ def need(there: bool, what: str) -> None:
     """Raises Lacking where what a figure needs is not there."""
     if not there:
         raise Lacking(f"needs {what}")
-
-
-FIGURES: dict[str, Callable] = {}  # by name; --list prints their docstrings
-
-
-def figure(f: Callable) -> Callable:
-    """Enter a function in FIGURES. It takes a Scene and returns a page, a list of pages (a GIF), or
-    pages by name. It raises Lacking where the run lacks what it needs."""
-    FIGURES[f.__name__] = f
-    return f
 
 
 def spaced(groups: Iterable[Sequence]) -> list:
@@ -631,20 +613,18 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Im
     """Horizontal bars of (label, value, the paper's value or None), in nats an image."""
     scale, rows = 1000 / max(v for _, *values in bars for v in values if v is not None), []
     for label, value, paper in bars:
-        rows += [[text(label, 28), box((round(value * scale), 56), COLOURS[0], (f"{value:.0f}", 28),
-                                       ink="white")]]
+        rows += [[], [text(label, 28), box((round(value * scale), 56), COLOURS[0],
+                                           (f"{value:.0f}", 28), ink="white")]]
         rows += [[None, box((round(paper * scale), 36), (200, 60, 40), (f"paper {paper:.0f}", 22),
                             ink="white")]] if paper is not None else []
-        rows += [[]]
-    return titled(title, table(rows[:-1], "rl"))
+    return titled(title, table(rows[1:], "rl"))
 
 
 def heatmap(dataset: str, numbers: dict) -> Image.Image:
     """What `save_heatmap` writes as a picture: rows are sources, columns targets, the paper's
     totals beneath."""
     keys = [key for row in numbers.values() for key in row]
-    columns = [key for key in dict.fromkeys([*PAPER_TOTALS, *keys])
-               if key in keys and key not in ("native", "separability")]
+    columns = [key for key in dict.fromkeys([*PAPER_TOTALS, *keys]) if key in keys and "+" in key]
     rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "views+told apart"])]]
     for source, row in numbers.items():
         paper = of_paper(PAPER_TOTALS, dataset, source)
@@ -676,7 +656,6 @@ def heatmap_cell(row: dict, source: str, target: str, paper: float | None) -> Im
 # ---------------------------------------------------------------- the paper's figures
 
 
-@figure
 def fig3_views(s):
     """Fig. 3: every view drawn from the original's latent"""
     drawn = s.through_maps(s.encode(s.digits), "D(E(x){})")
@@ -685,7 +664,6 @@ def fig3_views(s):
         *view_rows(s.augs, s.digits, drawn), None, (f"reverse {formula}", pictures)])
 
 
-@figure
 def fig4_inverses(s):
     """Fig. 4: every view back to the original"""
     model = s.model()
@@ -698,7 +676,6 @@ def fig4_inverses(s):
     return grid(f"Back to the original: {' and '.join(s.augs)}", s.columns, rows)
 
 
-@figure
 def fig5_recursion(s, rounds=7):
     """Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane"""
     model, path, rows = s.planar(), [s.encode(s.digits)], [("x", s.digits)]
@@ -727,7 +704,6 @@ def drift(path: np.ndarray, order: int | None) -> np.ndarray:
     return np.linalg.norm(path[b] - path[a], axis=1)
 
 
-@figure
 def fig6_transfer(s):
     """Fig. 6: the same latents drawn by the decoder of each transfer"""
     model, z = s.model(), s.encode(s.digits)
@@ -738,7 +714,6 @@ def fig6_transfer(s):
         for augs, (key, head) in zip(model.transfers, model.heads.items())}
 
 
-@figure
 def fig8_cvae(s):
     """Fig. 8: the naive CVAE, its condition changed"""
     model = s.model("cvae")
@@ -753,7 +728,6 @@ def fig8_cvae(s):
                 if by_digit else view_rows(s.augs, s.digits, drawn))
 
 
-@figure
 def fig9_paired_cvae(s):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
     drawn = [[(label, draw(model.decoder, z))
@@ -763,9 +737,9 @@ def fig9_paired_cvae(s):
                 view_rows(s.augs, s.digits, *drawn))
 
 
-@figure
 def fig10_projections(s, n=200):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
+    n = min(n, 4000 // len(s.names))  # t-SNE compares each with each
     images = all_views(s.data[2][:n], s.augs)
     z = s.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
@@ -778,7 +752,6 @@ def fig10_projections(s, n=200):
         for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=260)
 
 
-@figure
 def sampling(s):
     """new digits: z uniform in the bounding box of the training originals' latents; its views"""
     z = s.encode(s.data[0][:10_000])
@@ -788,20 +761,17 @@ def sampling(s):
                 s.through_maps(low + share.to(z) * (high - low)))
 
 
-@figure
 def interpolation(s):
     """from one test digit to another in a straight line, and its views"""
     z = s.encode(s.digits[[2 % len(s.digits), 7 % len(s.digits)]])
     t = torch.linspace(0, 1, 10).to(z)[:, None]
     return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)",
-                [f"{v:.2f}" for v in t[:, 0].tolist()],
-                s.through_maps((1 - t) * z[0] + t * z[1]))
+                [f"{v:.2f}" for v in t[:, 0].tolist()], s.through_maps((1 - t) * z[0] + t * z[1]))
 
 
 # ---------------------------------------------------------------- more figures
 
 
-@figure
 def any_to_any(s):
     """one digit from every view to every view"""
     model, one = s.model(), len(s.digits) * 7 // 10  # of ten the 7: its views look all different
@@ -813,7 +783,6 @@ def any_to_any(s):
                 ["v", *(f"to {name}" for name in s.names)], rows, 168 if len(rows) <= 4 else 72)
 
 
-@figure
 def table1(s):
     """the totals of Table I as bars"""
     rows, paper = models_of(s.result), of_paper(PAPER_TABLE, s.dataset, "+".join(s.augs))
@@ -824,7 +793,6 @@ def table1(s):
         for name, row in rows.items()])
 
 
-@figure
 def group_elements(s):
     """every element of the group that turns and flips generate, most of them never shown"""
     functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
@@ -839,7 +807,6 @@ def group_elements(s):
     return grid(f"The group of {' and '.join(s.augs)}", s.columns, rows[1:], cell=56)
 
 
-@figure
 def eigenvalues(s):
     """the eigenvalues of each map around the unit circle"""
     turn, panels, found = np.linspace(0, 2 * math.pi, 200), [], group(s.linear())["eigenvalues"]
@@ -854,7 +821,6 @@ def eigenvalues(s):
     return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
 
 
-@figure
 def partial_augmentation(s):
     """half an augmentation: L^t beside the blend (1 - t) I + t L"""
     ts = np.linspace(0, 1, 9)
@@ -864,7 +830,6 @@ def partial_augmentation(s):
         for i in range(2 % len(s.digits), len(s.digits), 2)))
 
 
-@figure
 def partial_moving(s):
     """the same, moving (GIF)"""
     there = [grid(f"Part of {s.augs[0]}, t = {t:.2f}", s.columns, [*part_of(s, t).items()], 56)
@@ -880,7 +845,6 @@ def part_of(s: Scene, t: float) -> dict[str, np.ndarray]:
     return {label: draw(s.model().decoder, z @ M) for label, M in matrices.items()}
 
 
-@figure
 def reconstructions(s):
     """reconstructions beside their inputs, of digits that no other figure shows"""
     x = s.data[2][100:140]
@@ -889,7 +853,6 @@ def reconstructions(s):
         [("x", x[i:i + 10]), ("D(E(x))", drawn[i:i + 10])] for i in range(0, len(x), 10)))
 
 
-@figure
 def prior_samples(s):
     """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them"""
     z = np.random.default_rng(s.seed).standard_normal((60, s.model().latent_dim), np.float32)
@@ -898,7 +861,6 @@ def prior_samples(s):
                 [("", drawn[i:i + 10]) for i in range(0, 60, 10)])
 
 
-@figure
 def traversals(s):
     """what each latent does: a row a dimension, from -3 to 3"""
     z = s.encode(s.digits[2 % len(s.digits)][None])  # (1, latent_dim)
@@ -909,7 +871,6 @@ def traversals(s):
     return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 52)
 
 
-@figure
 def latent_plane(s, n=15):
     """the whole latent plane, decoded (--latent-dim 2 only)"""
     need(s.model().latent_dim == 2, f"a run with --latent-dim 2, not {s.model().latent_dim}")
@@ -920,7 +881,6 @@ def latent_plane(s, n=15):
     return grid("D(z): z1 across, z2 upwards", heads, [*zip(heads[::-1], drawn)], cell=56)
 
 
-@figure
 def training_curves(s):
     """the losses of each stage as it learns"""
     try:
@@ -940,7 +900,6 @@ def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
             if point[0] > 0.1]
 
 
-@figure
 def training_moving(s):
     """stage 1 as it learnt (GIF; needs a run with --record)"""
     s.planar()
@@ -953,22 +912,28 @@ def training_moving(s):
         raise Lacking("needs a run with --record") from error
     return [table([[
         grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())],
-             440 // n - 6),
+             max(8, 440 // n - 6)),
         chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360)]])
         for step, pictures, points in zip(steps, drawn, plane)]
 
+
+# By name; --list prints their docstrings. Each takes a Scene and returns a page, a list of pages (a
+# GIF), or pages by name; it raises Lacking where the run lacks what it needs.
+FIGURES: dict[str, Callable] = {f.__name__: f for f in (
+    fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae,
+    fig10_projections, sampling, interpolation, any_to_any, table1, group_elements, eigenvalues,
+    partial_augmentation, partial_moving, reconstructions, prior_samples, traversals, latent_plane,
+    training_curves, training_moving)}
 
 # ---------------------------------------------------------------- from the command line to files
 
 
 def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
     """Write a page as path.png, pages as path.gif; returns the whole name. Raises OSError."""
-    if isinstance(page, list):
-        path = path.with_name(f"{path.name}.gif")
-        page[0].save(path, save_all=True, append_images=page[1:], duration=120, loop=0)
-    else:
-        path = path.with_name(f"{path.name}.png")
-        page.save(path)
+    moving = isinstance(page, list)
+    first, *others = page if moving else [page]
+    path = path.with_name(f"{path.name}.{'gif' if moving else 'png'}")
+    first.save(path, save_all=moving, append_images=others, duration=120, loop=0)
     return path
 
 
@@ -1129,8 +1094,8 @@ def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
         model = lavae.load(path, device)
         name, dataset = (model.settings.get(key) for key in ("model", "dataset"))
         augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
-        if not (name in LABELS and dataset in DATASETS and all(aug in AUGMENTATIONS for aug in augs)
-                and name.startswith("cvae") == isinstance(model, CVAE)):
+        if not (name in [*LABELS] and name.startswith("cvae") == isinstance(model, CVAE)
+                and dataset in [*DATASETS] and {*map(str, augs)} <= {*AUGMENTATIONS}):
             raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
                              f"augmentations {' '.join(map(str, augs))}): make one with train.py")
         if found:

@@ -37,7 +37,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """E(x) = (mu, logvar): two convolutions of stride 2 and one linear layer.
+    """x to mu, which formulas call E(x), and logvar: two convolutions of stride 2, a linear layer.
 
     A CVAE's linear layer sees `condition_dim` more numbers, beside the features.
     """
@@ -88,7 +88,7 @@ def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 
     eps is drawn where the generator lives, which decides the numbers.
     """
-    drawn_on = mu.device if generator is None else generator.device
+    drawn_on = (generator or mu).device
     eps = torch.randn(mu.shape, generator=generator, device=drawn_on).to(mu.device)
     return mu + torch.exp(logvar / 2) * eps
 
@@ -117,15 +117,16 @@ class LatentMap(nn.Module):
         return z @ torch.linalg.inv(self.L.cpu().double()).float().to(z.device)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
-        """||I - L^k||_F^2, see `order_error`. `z` is not needed."""
+        """The function `order_error` of L. `z` is not needed."""
         return order_error(self.L, order)
 
 
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of the terms of stage 1
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of stage 1's terms, see `train.weights_at`
 
 
 class VAE(nn.Module):
-    """What stage 1 needs of a model: a LAVAE, or the CVAE among the baselines."""
+    """What LAVAE and CVAE share: stage 1's loss. They add encoder, decoder and `shown`, the numbers
+    of the views that stage 1 sees."""
 
     joint, orders = None, []  # of a LAVAE's maps, see `learn_jointly` and `order_error`
 
@@ -134,7 +135,7 @@ class VAE(nn.Module):
         """What stage 1 minimises: Eq. 5, and a LAVAE's pinch of Eq. 6 so that there are maps to
         find.
 
-        x: as `forward` takes it. weights: of the terms, by their names. Returns "loss", their
+        x: the views `shown`, (V, B, 28, 28). weights: of the terms, by name. Returns "loss", their
         weighted sum, and the terms: "bce" and "kl" in nats an image ("kl" even where it is another
         prior's, "mmd"), and "misfit".
         """
@@ -145,13 +146,13 @@ class VAE(nn.Module):
             terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
         return {"loss": sum(weights[key] * term for key, term in terms.items()), **terms}
 
-    def has_misfit(self, weights: dict[str, float] = WEIGHTS) -> bool:
+    def has_misfit(self, weights: dict[str, float]) -> bool:
         """Whether stage 1 asks for maps: not where there are none, or it sees one view alone."""
         return weights.get("misfit", 0) > 0 and bool(self.orders) and len(self.shown) > 1
 
-    def least_images(self, weights: dict[str, float] = WEIGHTS) -> int:
-        """The fewest images that a step of stage 1 may show: a matrix fits as many as there are
-        latents without much misfit, so twice as many."""
+    def least_images(self, weights: dict[str, float]) -> int:
+        """How many images a batch of stage 1 needs: a matrix fits as many as there are latents,
+        whatever they are, so twice as many."""
         return 2 * self.latent_dim if self.has_misfit(weights) else 1
 
     def stage1_parameters(self) -> list[Tensor]:
@@ -183,7 +184,7 @@ class LAVAE(VAE):
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
         self.latent_dim = latent_dim
-        self.orders: list[int | None] = [None] * len(self.augs)  # see `order_error`
+        self.orders: list[int | None] = [None] * len(self.augs)  # `train.build` knows them
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
@@ -213,8 +214,7 @@ class LAVAE(VAE):
 
     def from_view(self, z: Tensor, view: int) -> Tensor:
         """The way back, z L_2^-1 L_1^-1 for view 3."""
-        maps = [f.inverse for i, f in enumerate(self.maps) if view >> i & 1]
-        return through(z, reversed(maps))
+        return through(z, [f.inverse for i, f in enumerate(self.maps) if view >> i & 1][::-1])
 
     # For notebooks: images in [0, 1], (B, 28, 28), in and out, on the model's device.
 
@@ -300,29 +300,29 @@ def singles(views: Sequence) -> list:
 
 
 def turn_misfit(z: Tensor, orders: Sequence[int | None]) -> Tensor:
-    """How far a batch is from having maps: mean over images and latents of (z Q_i - z_i)^2, Eq. 6,
-    summed over i. Q_i is the best map for this batch of those that keep lengths and, where A_i has
-    an order, come back, see `procrustes`.
+    """How far a batch is from having maps: mean over images and latents of (before Q_i - after)^2,
+    Eq. 6, summed over i. Q_i is the best map for this batch of those that keep lengths and, where
+    A_i has an order, come back, see `procrustes`. It is made anew for each batch, and thrown away.
 
     z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`. A_i is
-    asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (A mirrored digit
-    turns the other way, and no pair of originals says so.)
+    asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (Pairs of
+    originals alone allow a map that turns mirrored digits the other way.)
 
-    Eq. 5 does not mind a latent that mixes what A_i keeps with what it reverses, and no matrix can
-    tell the two apart afterwards. A small weight of this in stage 1 makes such a latent choose.
+    Eq. 5 does not mind a latent a + b of what A_i keeps and what it reverses, and no matrix makes
+    a - b of that. This term in stage 1 makes such a latent choose.
     """
     error = 0
     for i, order in enumerate(orders):
         before, after = z[:2 ** i].flatten(0, 1), z[2 ** i:2 ** (i + 1)].flatten(0, 1)
-        with torch.no_grad():  # at the best Q the error's slope in Q is 0: z's gradient is right
+        with torch.no_grad():  # where Q is best, the slope in Q is 0, and z's gradient right
             Q = procrustes(before.T @ after, order)
         error = error + (before @ Q - after).square().mean()
     return error
 
 
 def procrustes(C: Tensor, order: int | None) -> Tensor:
-    """For C = z^T z_i, (d, d), the orthogonal Q (d, d) with Q^k = I that takes z nearest to z_i;
-    k is the order, None for any orthogonal matrix.
+    """For C = z^T z_i, (d, d), the orthogonal Q (d, d) with Q^k = I that takes z nearest to z_i,
+    for k > 2 nearly; k is the order, None for any orthogonal matrix.
 
     The orthogonal Procrustes problem: Q is the polar factor of C; for k = 2 of C + C^T, which makes
     it symmetric. For other k each of its angles then goes to the nearest multiple of 2 pi / k, by
@@ -347,14 +347,14 @@ def polar(C: Tensor, rounds: int = 32) -> Tensor:
 
 
 def polar_step(X: Tensor) -> Tensor:
-    """(3 X - X X^T X) / 2: every singular value s, at most 1.7, to (3 s - s^3) / 2, nearer to 1."""
+    """(3 X - X X^T X) / 2: every singular value s, at most 1.5, to (3 s - s^3) / 2, nearer to 1."""
     return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
 
 
-def misfit(z: Tensor, *augmented: Tensor) -> Tensor:
-    """The same with any matrices L_i, of least squares, and of originals alone: z = E(x), and
-    E(A_1 x) to E(A_K x), (B, d) each. A latent may shrink there, and never come back. (The error
-    could fall by making all latents short, too, but the KL keeps them long.)
+def free_misfit(z: Tensor, *augmented: Tensor) -> Tensor:
+    """`turn_misfit` for --paper-involution: with any matrices L_i, of least squares, and of
+    originals alone: z = E(x), and E(A_1 x) to E(A_K x), (B, d) each. A latent may shrink there, and
+    never come back. (The error could fall by making all latents short, but the KL keeps them long.)
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():
@@ -424,9 +424,9 @@ LATENT_MAPS = {"linear": LatentMap,
 
 
 def learn_jointly(model: LAVAE, start: str, involution_weight: float = 1.0) -> None:
-    """Stages 1 and 2 in one: where stage 1 has the misfit of the best maps for a batch, it gets Eq.
-    6 with the model's own. They start at I and learn along ("identity"), or stay what they are:
-    diagonals of +1 and -1, every pattern of signs in as many directions ("signs")."""
+    """Stages 1 and 2 in one: Eq. 6 with the model's own maps, of originals alone, takes the place
+    of stage 1's misfit. The maps start at I and learn along ("identity"), or stay diagonals of +1
+    and -1, each pattern of signs equally often ("signs")."""
     model.joint = start
     model.misfit = lambda z: maps_loss(model.maps, model.orders, involution_weight, *singles(z))
     if start == "signs":
@@ -588,7 +588,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
 
 
 def tune(model: LAVAE | CVAE) -> LAVAE | CVAE:
-    """The model, and on a CPU half as fast again, with the same numbers."""
+    """The model, and on a CPU one and a half times as fast, with the same numbers."""
     if next(model.parameters()).device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
         # glibc hands big blocks of freed memory back to the system, and a step frees and asks for

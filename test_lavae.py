@@ -573,13 +573,13 @@ def test_misfit_is_the_least_squares_error_and_has_its_gradient():
     generator = torch.Generator().manual_seed(0)
     z, noise = torch.randn(2, 64, 8, generator=generator, dtype=torch.double)
     M = torch.randn(8, 8, generator=generator, dtype=torch.double)
-    assert lavae.misfit(z, z @ M, z) < 1e-4
-    assert lavae.misfit(z, noise, noise).item() == pytest.approx(2 * lavae.misfit(z, noise).item())
+    assert lavae.free_misfit(z, z @ M, z) < 1e-4
+    assert lavae.free_misfit(z, noise, noise).item() == pytest.approx(2 * lavae.free_misfit(z, noise).item())
     z_i = (z @ M + noise).requires_grad_()
     z.requires_grad_()
     expected = (z @ torch.linalg.lstsq(z, z_i).solution - z_i).square().mean()
-    assert lavae.misfit(z, z_i).item() == pytest.approx(expected.item(), rel=1e-3)
-    for ours, theirs in zip(torch.autograd.grad(lavae.misfit(z, z_i), (z, z_i)),
+    assert lavae.free_misfit(z, z_i).item() == pytest.approx(expected.item(), rel=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(lavae.free_misfit(z, z_i), (z, z_i)),
                             torch.autograd.grad(expected, (z, z_i))):
         assert torch.allclose(ours, theirs, atol=2e-2 * theirs.abs().max())
 
@@ -926,7 +926,7 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
 def test_the_misfit_sees_more_images_than_it_can_fit(small_data, tmp_path, monkeypatch):
     """d images and d latents: some matrix fits them all, whatever they are."""
     generator = torch.Generator().manual_seed(0)
-    assert lavae.misfit(*torch.randn(2, 16, 16, generator=generator)) < 0.3 < lavae.misfit(
+    assert lavae.free_misfit(*torch.randn(2, 16, 16, generator=generator)) < 0.3 < lavae.free_misfit(
         *torch.randn(2, 32, 16, generator=generator))
     seen, misfit, sizes, bce = [], lavae.turn_misfit, [], lavae.bce
     monkeypatch.setattr(lavae, "turn_misfit", lambda z, orders: (
@@ -954,8 +954,8 @@ def test_same_seed_same_bits(small_data, tmp_path):
 
 
 def test_the_papers_involution_pinches_with_least_squares(small_data, tmp_path, monkeypatch):
-    words, seen, misfit = "--augs rotate_cw flip_lr --no-transfer", [], lavae.misfit
-    monkeypatch.setattr(lavae, "misfit", lambda *z: seen.append(len(z)) or misfit(*z))
+    words, seen, misfit = "--augs rotate_cw flip_lr --no-transfer", [], lavae.free_misfit
+    monkeypatch.setattr(lavae, "free_misfit", lambda *z: seen.append(len(z)) or misfit(*z))
     ours = small(tmp_path / "a", words)
     assert not seen
     paper = small(tmp_path / "b", f"{words} --paper-involution")
@@ -1322,7 +1322,7 @@ def test_a_figure_that_fails_is_not_left_out_in_silence(run, data, tmp_path, mon
         evaluate.draw_figures(scene_of(tmp_path, run[1], few(data)), {"bad": lambda s: [][0]})
 
 
-def test_one_latent_and_nine_augmentations(small_data, data, tmp_path, monkeypatch, capsys):
+def test_one_latent_and_nine_augmentations(small_data, data, quick_tsne, tmp_path, monkeypatch, capsys):
     one = tmp_path / "one"
     small(one, "--epochs 1 --transfer-epochs 1 --latent-dim 1")
     evaluated(one)
@@ -1333,6 +1333,7 @@ def test_one_latent_and_nine_augmentations(small_data, data, tmp_path, monkeypat
     nine = " ".join([*augment.AUGMENTATIONS][:9])
     model = small(tmp_path / "nine", f"--epochs 1 --filters 1 --map-weight 0 --augs {nine}")
     assert len(model.maps) == 9
+    evaluate.main([str(tmp_path / "nine"), "--device", "cpu", "--only", "fig10_projections"])  # of few digits
 
 
 def test_a_cvae_that_is_told_the_digit_says_so(small_data, tmp_path, monkeypatch, capsys):
@@ -1850,7 +1851,8 @@ def strange_checkpoints(path, trace):
     for key, value in (("latent_dim", 17), ("filters", 10 ** 9), ("augs", ["flip_lr"] * 60),
                        ("augs", ["flip_lr", "code"]), ("transfers", [["x"]]), ("latent_map", "os"), ("more", 1)):
         yield good | {"arguments": good["arguments"] | {key: value}}
-    for key, value in (("model", "cvae"), ("model", "x"), ("dataset", "x"), ("dataset", None)):
+    yield good | {"arguments": good["arguments"] | {"augs": [["flip_lr"], ["flip_ud"]]}}
+    for key, value in (("model", "cvae"), ("model", "x"), ("model", ["x"]), ("dataset", "x"), ("dataset", {})):
         yield good | {"settings": good["settings"] | {key: value}}
     name = "encoder.conv1.bias"
     for value in (torch.full((8,), math.nan), torch.zeros(9), None, "x"):
@@ -2214,6 +2216,8 @@ def test_two_runs_are_kept_out_of_one_folder(small_data, tmp_path, monkeypatch):
     with train.locked(tmp_path):
         refused(train.main, [*words, "--overwrite"], "another run is at work")
     assert not (tmp_path / "lock").exists()
+    monkeypatch.setattr(Msvcrt, "locking", failing(OSError(errno.ENOLCK, "No locks available")))
+    train.main([*words, "--overwrite"])  # on a file system that has none
 
 
 def test_an_epochs_seconds_are_its_own(monkeypatch):

@@ -16,6 +16,7 @@ Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -41,14 +42,13 @@ except ImportError:  # Windows
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
-                     views)
+from augment import AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images, views
 from lavae import CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels, singles
 
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
 MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
-NOISE, ORDER = 10 ** 6, 2 * 10 ** 6  # added to --seed, or weights and noise were the same numbers
+NOISE, SHUFFLE = 10 ** 6, 2 * 10 ** 6  # added to --seed: else noise and weights were the same
 
 # ---------------------------------------------------------------- the three stages
 
@@ -59,10 +59,10 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device; labels
-    (N,), for a CVAE that is told the digits. What is minimised says `model.losses`, which takes
+    (N,), for a CVAE that is told the digits. `model.losses` says what is minimised, and takes
     weights and prior: bce(D(z), v) + kl(mu, logvar) + 150 misfit, see `weights_at`. `fit` takes the
     schedule. A model may be shown fewer views, and then more of each. Returns the history: a dict
-    an epoch with the mean loss and its terms, nats an image.
+    an epoch with the means of what `losses` returns.
     """
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
     shown = images[model.shown]
@@ -80,8 +80,8 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
     """The weights of stage 1's terms at the share t of all steps. The prior's grows for the first
     twentieth: at full weight from the start it can hold all latents at zero. The misfit's grows
-    with the square of t, to three times its mean: how many directions a map keeps and reverses, the
-    latents must decide first."""
+    with the square of t, to three times its mean: first the latents must decide how many directions
+    a map keeps and reverses."""
     growth = {"kl": min(1, 20 * t), "misfit": 3 * t * t}
     return {key: weight * growth.get(key, 1) for key, weight in weights.items()}
 
@@ -96,9 +96,10 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Where an eigenvalue lies between two roots of 1, both are tried, see `starts`. Returns a dict
-    for each map: mean squared error of the latents, before and after; `order_error`; whether it has
-    settled.
+    There are a few starts near it, one for each root of 1 where an eigenvalue lies between two, see
+    `starts`; the two best go to `settle`, the better of them stays. Returns a dict for each map:
+    mean squared error of the latents by least squares (the floor) and by L; `order_error`; whether
+    it has settled.
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
@@ -151,10 +152,10 @@ def orders_of(augs: Sequence[str], paper_involution: bool = False) -> list[int |
     return [2 if paper_involution else ORDERS.get(aug) for aug in augs]
 
 
-def starts(L: Tensor, C_i: Tensor, order: int | None, most: int = 3) -> Tensor:
+def starts(L: Tensor, C_i: Tensor, order: int | None) -> Tensor:
     """What stage 2 starts from, (n, d, d): L; the best orthogonal map, see `lavae.procrustes`; and
     L with its eigenvalues at the nearest roots of 1. Where another root is nearly as near, both
-    are there: up to 2^most of these, for the most doubtful."""
+    are there: up to eight of these, for the three most doubtful."""
     if order is None:
         return L[None]
     values, vectors = torch.linalg.eig(L)
@@ -164,7 +165,7 @@ def starts(L: Tensor, C_i: Tensor, order: int | None, most: int = 3) -> Tensor:
     far[(values.imag == 0)[:, None] & (roots.imag.abs() > 1e-6)] = math.inf  # it has no partner
     far, places = far.sort(dim=1)
     doubt = torch.where(values.imag < 0, math.inf, far[:, 1] - far[:, 0])  # of a pair one counts
-    doubtful = [i for i in doubt.argsort()[:most].tolist() if doubt[i] < 0.5]
+    doubtful = [i for i in doubt.argsort()[:3].tolist() if doubt[i] < 0.5]
     found = [L, lavae.procrustes(C_i, order)]
     for second in product((0, 1), repeat=len(doubtful)):
         chosen = roots[places[:, 0]]
@@ -206,7 +207,8 @@ def settle(loss_of: Callable[[Tensor], Tensor], L: Tensor, rounds: int = 50) -> 
 
 def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0,
                      **schedule) -> list[dict]:
-    """Stage 2 of the ablations; arguments and result as there, and `fit`'s schedule.
+    """Stage 2 of the ablations: arguments as there, and `fit`'s schedule; the result, too, but for
+    least squares and settling.
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
@@ -243,24 +245,24 @@ def fit(name: str, loss_of: Callable[[Tensor, float], dict[str, Tensor]], shape:
     """Minimise loss_of(indices, t)["loss"] with AdaBelief; returns each epoch's means.
 
     t: the share of all steps that are done. shape: views and images. A batch holds all views of
-    some images, `least` or more, so that no step favours a view: batch_size counts the views. An
-    epoch shows `seen` views, or each once. With a diary it goes on after the last epoch that the
-    diary has of `name`; `moving` is what loss_of changes, by name: generators, and what has a
-    state_dict. A film looks on before each step. Raises FloatingPointError: a loss is infinite or
-    not a number.
+    some images, `least` or more (but an epoch's last), so that no step favours a view: batch_size
+    counts the views. An epoch shows `seen` views, or each once. With a diary it goes on after the
+    last epoch that the diary has of `name`; `moving` is what loss_of changes, by name: generators,
+    and what has a state_dict. A film looks on before each step. Raises FloatingPointError: a loss
+    is infinite or not a number.
     """
     n_views, n = shape
     per_batch = images_a_step(n_views, batch_size, least)
     per_epoch = (seen or n_views * n) // n_views
     optimizer, device = AdaBelief(parameters), parameters[0].device
-    order = torch.Generator().manual_seed(seed + ORDER)
-    moving = {"optimizer": optimizer, "order": order} | (moving or {})
+    shuffle = torch.Generator().manual_seed(seed + SHUFFLE)
+    moving = {"optimizer": optimizer, "order": shuffle} | (moving or {})
     if film:
         moving["film"] = film
     history = diary.recall(name, parameters, moving) if diary else []
     progress = Progress(name, epochs, per_epoch, n_views, len(history))
     for epoch in range(len(history), epochs):
-        rounds = [torch.randperm(n, generator=order) for _ in range(math.ceil(per_epoch / n))]
+        rounds = [torch.randperm(n, generator=shuffle) for _ in range(math.ceil(per_epoch / n))]
         batches = torch.cat(rounds)[:per_epoch].to(device).split(per_batch)
         for step, index in enumerate(batches, start=epoch * len(batches)):
             if film:
@@ -337,14 +339,12 @@ class Progress:
 PRESETS = {  # each setting is also an option of its own
     "quick": dict(filters=16, epochs=2, transfer_epochs=1, batch_size=128, lr=9e-3),
     "laptop": dict(filters=32, epochs=6, transfer_epochs=3, batch_size=128, lr=9e-3),
-    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3),
-}
+    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3)}
 MODELS = {  # --model
     "lavae": "LAVAE",
     "cvae": "CVAE, naive: told the {told}, shown all views",
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
-    "vae": "VAE of originals only, maps between its codes of the views",
-}
+    "vae": "VAE of originals only, maps between its codes of the views"}
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
 
 
@@ -361,7 +361,7 @@ def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
 COUNT = bounded(int, lambda v: v >= 1, "a whole number, 1 or more")
 RATE = bounded(float, lambda v: 0 < v < math.inf, "a number above 0")
 WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
-SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")
+SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to below 2^62")
 
 
 def option(default, accepts, words: str, forgets=False, models=(*MODELS,), **more) -> object:
@@ -489,9 +489,8 @@ class Settings:
         for names in (self.augs, self.transfer, *self.transfer):
             if any(names.count(name) > 1 for name in names):
                 raise ValueError("--augs and --transfer: the same is named twice, name it once")
-        prefix = "" if self.model == "lavae" else self.model + "-"
-        name = "heatmap" if self.heatmap else prefix + "+".join(self.augs)
-        self.out = Path(self.out or Path("runs") / name)
+        name = f"{self.model}-{'+'.join(self.augs)}".removeprefix("lavae-")
+        self.out = self.out or Path("runs", "heatmap" if self.heatmap else name)
 
     def described(self) -> str:
         """A line that says what is trained."""
@@ -534,7 +533,7 @@ def runs_of(settings: Settings) -> list[Settings]:
         return [replace(settings, heatmap=False, all_targets=False, augs=pair, transfer=targets,
                         out=settings.out / "+".join(pair)) for pair in PAIRS]
     plain = dict(baselines=False, latent_map="linear", joint=None, transfer=[], record=False)
-    others = [name for name in MODELS if name != "lavae"] * settings.baselines
+    _, *others = MODELS if settings.baselines else ["lavae"]
     return [replace(settings), *(replace(settings, model=name, out=settings.out / name, **plain)
                                  for name in others)]
 
@@ -558,7 +557,7 @@ def build(settings: Settings) -> LAVAE | CVAE:
                   originals_only=settings.model == "vae", **size)
     model.orders = orders_of(settings.augs, settings.paper_involution)
     if settings.paper_involution:
-        model.misfit = lambda z: lavae.misfit(*singles(z))
+        model.misfit = lambda z: lavae.free_misfit(*singles(z))
     if settings.joint:
         lavae.learn_jointly(model, settings.joint, settings.involution_weight)
     return model
@@ -718,9 +717,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another --out"
-                      ) from error
+    except OSError as why:
+        raise OSError(f"cannot write to {folder} ({why.strerror}): choose another --out") from why
     with file:
         try:
             if fcntl:
@@ -730,8 +728,9 @@ def locked(folder: Path) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise OSError("its holder has just removed it")
         except OSError as error:
-            raise ValueError(f"another run is at work in {folder}: wait for it, or choose another "
-                             "--out") from error
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # has no locks
+                raise ValueError(f"another run is at work in {folder}: wait for it, or choose "
+                                 "another --out") from error
         try:
             yield
         finally:
@@ -812,8 +811,7 @@ class Diary:
             for p, value in zip(parameters, page["parameters"], strict=True):
                 p.data.copy_(value)
             for key, thing in moving.items():
-                generator = isinstance(thing, torch.Generator)
-                (thing.set_state if generator else thing.load_state_dict)(page[key])
+                (getattr(thing, "set_state", None) or thing.load_state_dict)(page[key])
             history = [dict(row) for row in page["history"]]
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged: start over with --overwrite") from error
@@ -829,8 +827,7 @@ class Diary:
         """Write everything down. Raises OSError."""
         page = {"parameters": [p.detach() for p in parameters], "history": history}
         for key, thing in moving.items():
-            generator = isinstance(thing, torch.Generator)
-            page[key] = thing.get_state() if generator else thing.state_dict()
+            page[key] = (getattr(thing, "get_state", None) or thing.state_dict)()
         self.pages[name] = page
         lavae.write(self.pages, self.path)
 
@@ -891,8 +888,7 @@ def memory_of(settings: Settings, n: int) -> list[tuple[str, float, str]]:
         ("weights", 4 * 8 * weights, "--filters or --latent-dim"),
         # what the layers give, and its gradient
         ("images of a step", 2 * 4 * step * layers + 8 * 4 * pairs * settings.latent_dim,
-         "--batch-size or --filters"),
-    ], key=lambda part: -part[1])
+         "--batch-size or --filters")], key=lambda part: -part[1])
 
 
 def step_of(model: LAVAE | CVAE, settings: Settings) -> int:
