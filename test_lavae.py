@@ -2801,7 +2801,7 @@ def readme_parts():
     yield "three", f"{spread([run['evaluation']['lavae']['total'] / 8 for run in three])} nats a view"
     yield "three", f"Of three, every view is within {max(map(excess, three)):.1f}% of direct"
     yield "four", f"all sixteen views are within {max(map(excess, four)):.1f}% of direct"
-    yield from heatmap_parts({source: kept(f"heat-{source}")[0]["evaluation"]
+    yield from heatmap_parts({source: [run["evaluation"] for run in kept(f"heat-{source}")]
                               for source in evaluate.PAPER_TOTALS})
 
 
@@ -2825,19 +2825,24 @@ def ablation_parts(groups, ours, both):
 
 
 def heatmap_parts(found):
-    """The same of the heat-map; found: the evaluation of each source."""
-    cells = evaluate.beside_paper("mnist", {
-        source: evaluate.heatmap_row([ours]) for source, ours in found.items()})
+    """The same of the heat-map; found: the evaluations of each source, over seeds."""
+    rows = {source: evaluate.heatmap_row(runs) for source, runs in found.items()}
+    cells = evaluate.beside_paper("mnist", rows)
     above = [cell for cell in cells if cell[2] >= cell[3]]
     yield "heat-map", f"{len(cells) - len(above)} of {len(cells)} cells lie below the paper's"
-    for source, target, total, paper in above:
-        yield "heat-map", f"{source} to {target} ({total:.0f}, paper {paper:.0f})".replace("+", ", ")
-    apart = {source: 100 * ours["lavae"]["separability"] for source, ours in found.items()}
-    yield "heat-map", ", ".join(f"{share:.1f}% of {source.replace('+', ', ')}" for source, share in apart.items())
-    head = found["flip_lr+flip_ud"]["transfer"]["shear_x+canny"]
-    yield "heat-map", f"cost {head['told_apart']:.1f} nats a view, the others {head['confused']:.1f}"
-    back = found["shear_x+canny"]["lavae"]["inverse"]["canny"]
-    yield "heat-map", f"{back:.0f} nats from canny to the original"
+    for source, target, *_, paper in above:
+        totals = ", ".join(f"{total:.0f}" for total in evaluate.cell_of(rows[source], source, target))
+        yield "heat-map", f"{source} to {target} ({totals}; paper {paper:.0f})".replace("+", ", ")
+    apart = [max(totals) / min(totals) - 1 for source, target, *_ in cells
+             for totals in [evaluate.cell_of(rows[source], source, target)]]
+    yield "heat-map", f"a cell's seeds are at most {100 * max(apart):.1f}% apart"
+    yield "heat-map", ", ".join(f"{100 * np.mean(row['separability']):.1f}% of {source.replace('+', ', ')}"
+                                for source, row in rows.items())
+    heads = [one["transfer"]["shear_x+canny"] for one in found["flip_lr+flip_ud"]]
+    told, others = (np.mean([head[kind] for head in heads]) for kind in ("told_apart", "confused"))
+    yield "heat-map", f"cost {told:.1f} nats a view, the others {others:.1f}"
+    back = [one["lavae"]["inverse"]["canny"] for one in found["shear_x+canny"]]
+    yield "heat-map", f"{np.mean(back):.0f} nats from canny to the original"
 
 
 def test_readmes_numbers_are_those_of_the_kept_runs():

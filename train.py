@@ -361,7 +361,7 @@ def bounded(kind: type, test: Callable, words: str) -> Callable[[str], float]:
 COUNT = bounded(int, lambda v: v >= 1, "a whole number, 1 or more")
 RATE = bounded(float, lambda v: 0 < v < math.inf, "a number above 0")
 WEIGHT = bounded(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
-SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to below 2^62")
+SEED = bounded(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62 - 1")
 
 
 def option(default, accepts, words: str, forgets=False, models=(*MODELS,), **more) -> object:
