@@ -930,10 +930,12 @@ FIGURES: dict[str, Callable] = {f.__name__: f for f in (
 
 def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
     """Write a page as path.png, pages as path.gif; returns the whole name. Raises OSError."""
-    moving = isinstance(page, list)
-    first, *others = page if moving else [page]
-    path = path.with_name(f"{path.name}.{'gif' if moving else 'png'}")
-    first.save(path, save_all=moving, append_images=others, duration=120, loop=0)
+    if isinstance(page, list):
+        path = path.with_name(f"{path.name}.gif")
+        page[0].save(path, save_all=True, append_images=page[1:], duration=120, loop=0)
+    else:
+        path = path.with_name(f"{path.name}.png")
+        page.save(path)
     return path
 
 
@@ -1094,6 +1096,7 @@ def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
         model = lavae.load(path, device)
         name, dataset = (model.settings.get(key) for key in ("model", "dataset"))
         augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
+        # lists and texts, because a strange file may hold what has no hash
         if not (name in [*LABELS] and name.startswith("cvae") == isinstance(model, CVAE)
                 and dataset in [*DATASETS] and {*map(str, augs)} <= {*AUGMENTATIONS}):
             raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "

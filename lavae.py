@@ -184,7 +184,7 @@ class LAVAE(VAE):
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
         self.latent_dim = latent_dim
-        self.orders: list[int | None] = [None] * len(self.augs)  # `train.build` knows them
+        self.orders: list[int | None] = [None] * len(self.augs)  # set by `train.build`
         self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)

@@ -1852,7 +1852,8 @@ def strange_checkpoints(path, trace):
                        ("augs", ["flip_lr", "code"]), ("transfers", [["x"]]), ("latent_map", "os"), ("more", 1)):
         yield good | {"arguments": good["arguments"] | {key: value}}
     yield good | {"arguments": good["arguments"] | {"augs": [["flip_lr"], ["flip_ud"]]}}
-    for key, value in (("model", "cvae"), ("model", "x"), ("model", ["x"]), ("dataset", "x"), ("dataset", {})):
+    for key, value in (("model", "cvae"), ("model", "x"), ("model", ["x"]), ("dataset", "x"),
+                       ("dataset", None), ("dataset", {})):
         yield good | {"settings": good["settings"] | {key: value}}
     name = "encoder.conv1.bias"
     for value in (torch.full((8,), math.nan), torch.zeros(9), None, "x"):
@@ -2759,13 +2760,14 @@ def table1_row(label, rows):
 def readme_parts():
     """README's rows and half-sentences with numbers in them, by what they are about."""
     groups = {name: kept(name) for name in ("flips", "turns", "three", "four", "quick", *ABLATIONS)}
+    heat = {source: kept(f"heat-{source}") for source in evaluate.PAPER_TOTALS}
     flips, turns, three, four, quick, *_ = groups.values()
     ours, turned = ([run["evaluation"]["lavae"] for run in group] for group in (flips, turns))
     *_, both = ours[0]["direct"]
     heads = [run["evaluation"]["transfer"]["shear_x+canny"] for run in flips]
     transfers = [head["total"] for head in heads]
     gaps = [one[both] - max(one["flip_lr"], one["flip_ud"]) for one in ours]
-    made = [run["made"] for group in groups.values() for run in group]
+    made = [run["made"] for group in [*groups.values(), *heat.values()] for run in group]
     (machine,) = {(one["hardware"], one["torch"].split("+")[0], one["threads"]) for one in made}
     days = dict.fromkeys(f(one["date"] for one in made) for f in (min, max))
     yield "first screen", row("this LAVAE, 6 epochs", *(spread([one[view] for one in ours]) for view in ours[0]["direct"]),
@@ -2801,8 +2803,7 @@ def readme_parts():
     yield "three", f"{spread([run['evaluation']['lavae']['total'] / 8 for run in three])} nats a view"
     yield "three", f"Of three, every view is within {max(map(excess, three)):.1f}% of direct"
     yield "four", f"all sixteen views are within {max(map(excess, four)):.1f}% of direct"
-    yield from heatmap_parts({source: [run["evaluation"] for run in kept(f"heat-{source}")]
-                              for source in evaluate.PAPER_TOTALS})
+    yield from heatmap_parts({source: [run["evaluation"] for run in group] for source, group in heat.items()})
 
 
 def ablation_parts(groups, ours, both):
@@ -2828,14 +2829,14 @@ def heatmap_parts(found):
     """The same of the heat-map; found: the evaluations of each source, over seeds."""
     rows = {source: evaluate.heatmap_row(runs) for source, runs in found.items()}
     cells = evaluate.beside_paper("mnist", rows)
+    totals = {cell[:2]: evaluate.cell_of(rows[cell[0]], *cell[:2]) for cell in cells}
     above = [cell for cell in cells if cell[2] >= cell[3]]
     yield "heat-map", f"{len(cells) - len(above)} of {len(cells)} cells lie below the paper's"
-    for source, target, *_, paper in above:
-        totals = ", ".join(f"{total:.0f}" for total in evaluate.cell_of(rows[source], source, target))
-        yield "heat-map", f"{source} to {target} ({totals}; paper {paper:.0f})".replace("+", ", ")
-    apart = [max(totals) / min(totals) - 1 for source, target, *_ in cells
-             for totals in [evaluate.cell_of(rows[source], source, target)]]
-    yield "heat-map", f"a cell's seeds are at most {100 * max(apart):.1f}% apart"
+    for source, target, _, paper in above:
+        seeds = ", ".join(f"{total:.0f}" for total in totals[source, target])
+        yield "heat-map", f"{source} to {target} ({seeds}; paper {paper:.0f})".replace("+", ", ")
+    apart = max(max(seeds) / min(seeds) - 1 for seeds in totals.values())
+    yield "heat-map", f"a cell's seeds are at most {100 * apart:.1f}% apart"
     yield "heat-map", ", ".join(f"{100 * np.mean(row['separability']):.1f}% of {source.replace('+', ', ')}"
                                 for source, row in rows.items())
     heads = [one["transfer"]["shear_x+canny"] for one in found["flip_lr+flip_ud"]]

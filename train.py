@@ -533,7 +533,7 @@ def runs_of(settings: Settings) -> list[Settings]:
         return [replace(settings, heatmap=False, all_targets=False, augs=pair, transfer=targets,
                         out=settings.out / "+".join(pair)) for pair in PAIRS]
     plain = dict(baselines=False, latent_map="linear", joint=None, transfer=[], record=False)
-    _, *others = MODELS if settings.baselines else ["lavae"]
+    others = [name for name in MODELS if name != "lavae"] * settings.baselines
     return [replace(settings), *(replace(settings, model=name, out=settings.out / name, **plain)
                                  for name in others)]
 
@@ -728,7 +728,8 @@ def locked(folder: Path) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise OSError("its holder has just removed it")
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # has no locks
+            # a file system that has no locks, as some network homes, is used without
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise ValueError(f"another run is at work in {folder}: wait for it, or choose "
                                  "another --out") from error
         try:
