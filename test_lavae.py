@@ -2690,7 +2690,8 @@ def test_an_accelerator_that_lacks_something_is_not_trusted(monkeypatch, capsys)
 # made from there, and a test finds them in README.
 
 RESULTS = HERE / "assets" / "results"
-ABLATIONS = ("plain", "plain-free", "mlp", "plain-mlp")
+ABLATIONS = ("plain", "plain-free", "mlp", "plain-mlp", "joint-identity", "joint-signs", "mmd")
+TOLD = ("cvae-digit", "cvae-both")
 
 
 def keep(run, name):
@@ -2759,7 +2760,7 @@ def table1_row(label, rows):
 
 def readme_parts():
     """README's rows and half-sentences with numbers in them, by what they are about."""
-    groups = {name: kept(name) for name in ("flips", "turns", "three", "four", "quick", *ABLATIONS)}
+    groups = {name: kept(name) for name in ("flips", "turns", "three", "four", "quick", "k2", *ABLATIONS, *TOLD)}
     heat = {source: kept(f"heat-{source}") for source in evaluate.PAPER_TOTALS}
     flips, turns, three, four, quick, *_ = groups.values()
     ours, turned = ([run["evaluation"]["lavae"] for run in group] for group in (flips, turns))
@@ -2793,9 +2794,11 @@ def readme_parts():
     yield "reverse", f"at most {max(one['reverse'] - one[both] for one in ours):.3f} nats"
     yield "commute", f"‖L1 L2 − L2 L1‖ is {max(max(one['group']['commutator'].values()) for one in ours):.3f} at most"
     yield from ablation_parts(groups, ours[0], both)
-    for run, one in zip(turns, turned):
+    for run in (*turns, *groups["k2"]):
+        one, label = run["evaluation"]["lavae"], f"seed {run['config']['seed']}"
         roots = Counter((round(re), abs(round(im))) for re, im in one["group"]["eigenvalues"]["rotate_cw"])
-        yield "turns", row(f"seed {run['config']['seed']}", f"{one['total']:.2f}", f"{sum(one['direct'].values()):.2f}",
+        yield "turns", row(label if run in turns else f"k = 2, {label}", f"{one['total']:.2f}",
+                           f"{sum(one['direct'].values()):.2f}",
                            f"{excess(run):.1f}%", " to ".join(f"{f(never_shown(run)):.0f}" for f in (min, max)),
                            f"{roots[1, 0]}, {roots[-1, 0]}, {roots[0, 1]}")
     yield "turns", (f"Total {spread([one['total'] for one in turned])}, every view that was shown within "
@@ -2808,7 +2811,7 @@ def readme_parts():
 
 def ablation_parts(groups, ours, both):
     """The same of the ablations, beside our run of the same seed; both: the composition's name."""
-    plain, (free,), (bent,), (eq5_bent,) = (
+    plain, (free,), (bent,), (eq5_bent,), (stuck,), (signs,), (mmd,) = (
         [run["evaluation"]["lavae"] for run in groups[name]] for name in ABLATIONS)
     eq5 = plain[0]
     yield "Eq. 5", "the flips at {}; both at {}".format(
@@ -2823,6 +2826,12 @@ def ablation_parts(groups, ours, both):
     yield "MLP", f"({ours['total']:.1f}, the MLP {bent['total']:.1f})"
     yield "involution", f"{free['total']:.1f}, with it {eq5['total']:.1f}"
     yield "involution", f"{free['inverse']['flip_lr']:.0f} nats, with it {eq5['inverse']['flip_lr']:.0f}"
+    assert stuck["group"]["directions"]["++"] == 16
+    yield "joint", f"(`--joint identity`): {stuck['total']:.0f}, all eigenvalues stay at +1"
+    yield "joint", f"(`--joint signs`): {signs['total']:.1f}, the default {ours['total']:.1f}"
+    yield "MMD", f"(`--prior-loss mmd`) {mmd['total']:.1f}"
+    yield "told", "a naive CVAE ends at {:.0f}, told view and digit at {:.0f}".format(
+        *(groups[name][0]["evaluation"]["cvae"]["total"] for name in TOLD))
 
 
 def heatmap_parts(found):
