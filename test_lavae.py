@@ -4,6 +4,7 @@
     python -m pytest -m slow        # the same at length: all of MNIST, thousands of odd images
     python test_lavae.py            # no test: how fast things are, beside what they stand in for
     python test_lavae.py keep runs/seed0 flips-0    # a run's numbers, to assets/results
+    python test_lavae.py limit runs/heat0/rotate_cw+flip_lr shear_x canny    # what a transfer can get at best
     python test_lavae.py tables     # README's numbers, made from there
 """
 
@@ -13,6 +14,7 @@ import copy
 import errno
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -1073,9 +1075,10 @@ def test_finished_baselines_are_kept(small_data, tmp_path, capsys):
 def test_the_commands_in_readme_exist():
     """Each command line that README names is accepted, and each option belongs to some program."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    spans = [" ".join(span.split()) for span in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)]
+    spans = [span if "```" in span else " ".join(span.split())  # a line's end may lie in a short one
+             for span in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)]
     commands = [shlex.split(command.replace("runs/seedN", "runs/seed0").replace("--seed N", "--seed 0"))
-                for span in spans for command in re.findall(r"python ((?:train|evaluate|augment)\.py[^&#`]*)", span)]
+                for span in spans for command in re.findall(r"python ((?:train|evaluate|augment)\.py[^&#`\n]*)", span)]
     assert len(commands) > 15
     parsers = {"train.py": train.parser_of(), "evaluate.py": evaluate.parser_of(), "augment.py": augment.parser_of()}
     for program, *words in [command for command in commands if "--help" not in command]:
@@ -2718,6 +2721,48 @@ def kept(name):
     return runs
 
 
+def limit(folder, *target):
+    """To assets/results/limit-SEED.json: what an ideal decoder would get that is given the codes z L of a heat-map's
+    run and draws another pair. Who cannot be sure which view is asked paints the mean of those that may be: here
+    p(view | z) is a classifier's, whose temperature is the best one for the test images, and the views are drawn
+    by a decoder that is told which."""
+    model, data = lavae.load(folder), augment.load_images()
+    views = range(2 ** len(target))
+    z, z_test = (torch.stack(augment.views(model.encode(torch.from_numpy(x)), model.maps)) for x in data[::2])
+    images, wanted = (train.tensors(x, target, CPU) for x in data[::2])
+    torch.manual_seed(0)
+    classifier = torch.nn.Sequential(*lavae.hidden_layers(z.shape[2], 256, 256, 256), torch.nn.Linear(256, len(views)))
+    told = lavae.tune(lavae.Decoder(z.shape[2] + len(views), 32, hidden=512))
+
+    def condition(original, v):
+        return torch.cat([original, torch.eye(len(views))[v].expand(len(original), -1)], 1)
+
+    def guess(index, _):
+        asked = torch.arange(len(views)).repeat_interleave(len(index))
+        return {"loss": torch.nn.functional.cross_entropy(classifier(z[:, index].flatten(0, 1)), asked)}
+
+    def draw(index, _):
+        original = torch.cat([condition(z[0, index], v) for v in views])
+        return {"loss": lavae.bce(told(original), lavae.pixels(images[:, index]).flatten(0, 1))}
+
+    train.fit("p(view | z)", guess, z.shape[:2], [*classifier.parameters()], epochs=12, batch_size=512, lr=2e-3)
+    train.fit("told the view", draw, z.shape[:2], [*told.parameters()], epochs=3)
+    totals, temperatures = Counter(), (0.8, 1.0, 1.2, 1.5, 2.0)
+    with torch.no_grad():
+        for v, i in itertools.product(views, torch.arange(z_test.shape[1]).split(250)):
+            x = lavae.pixels(wanted[v, i])
+            drawn = torch.stack([told(condition(model.from_view(z_test[v, i], u), u)).sigmoid() for u in views])
+            for t in temperatures:
+                mean = torch.einsum("bu,ubhw->bhw", (classifier(z_test[v, i]) / t).softmax(1), drawn).clamp(max=1)
+                totals[t] += torch.nn.functional.binary_cross_entropy(mean, x, reduction="sum").item()
+            totals["told"] += torch.nn.functional.binary_cross_entropy(drawn[v], x, reduction="sum").item()
+    totals = {key: value / z_test.shape[1] for key, value in totals.items()}
+    found = {"source": "+".join(model.augs), "target": "+".join(target), "told": totals["told"],
+             "ideal": min(totals[t] for t in temperatures), "made": train.made_with("cpu")}
+    (RESULTS / f"limit-{model.settings['seed']}.json").write_text(json.dumps(found) + "\n")
+    print(found)
+
+
 def spread(values):
     return evaluate.spread(values, digits=1).replace("+-", "±")
 
@@ -2807,6 +2852,12 @@ def readme_parts():
     yield "three", f"Of three, every view is within {max(map(excess, three)):.1f}% of direct"
     yield "four", f"all sixteen views are within {max(map(excess, four)):.1f}% of direct"
     yield from heatmap_parts({source: [run["evaluation"] for run in group] for source, group in heat.items()})
+    further = [run["evaluation"]["transfer"] for source in heat for run in kept(f"more-{source}")]
+    for target in map("+".join, train.MORE_TARGETS):
+        totals = [transfer[target]["total"] for transfer in further]
+        yield "further targets", f"{target.replace('+', ', ')}: {min(totals):.0f} to {max(totals):.0f}"
+    ideal, told = zip(*((one["ideal"], one["told"]) for one in map(json_of, sorted(RESULTS.glob("limit-*.json")))))
+    yield "limit", f"about {', '.join(f'{total:.0f}' for total in ideal)}, told the view {np.mean(told):.0f}"
 
 
 def ablation_parts(groups, ours, both):
@@ -2961,6 +3012,8 @@ def benchmark():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
         keep(*sys.argv[2:])
+    elif sys.argv[1:2] == ["limit"]:
+        limit(*sys.argv[2:])
     elif sys.argv[1:2] == ["tables"]:
         for about, part in readme_parts():
             print(f"{about}:\n{part}\n")
