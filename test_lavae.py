@@ -2900,7 +2900,7 @@ def heatmap_parts(found):
         totals = [transfer[target]["total"] for transfer in further]
         yield "further targets", f"{target.replace('+', ', ')}: {min(totals):.0f} to {max(totals):.0f}"
     ideal, told = zip(*((one["ideal"], one["told"]) for one in map(json_of, sorted(RESULTS.glob("limit-*.json")))))
-    yield "limit", f"about {', '.join(f'{total:.0f}' for total in ideal)}, told the view {np.mean(told):.0f}"
+    yield "limit", f"about {', '.join(f'{total:.0f}' for total in ideal)}, a decoder told the view {np.mean(told):.0f}"
 
 
 def test_readmes_numbers_are_those_of_the_kept_runs():
