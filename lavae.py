@@ -62,16 +62,31 @@ def hidden_layers(*widths: int) -> list[nn.Module]:
     return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
 
 
+class GatedLayer(nn.Module):
+    """Gated linear units with GELU, (z A + a) * gelu(z B + b): each can multiply two latents."""
+
+    def __init__(self, inputs: int, units: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs, 2 * units)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, inputs) to (B, units)."""
+        value, gate = self.linear(z).chunk(2, dim=1)
+        return value * F.gelu(gate)
+
+
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
     `hidden` adds two layers of that width before the linear one, for the heads of stage 3: views
-    that look alike lie close together in z, and a head must tell them apart.
+    that look alike lie close together in z, and a head must tell them apart. The first is gated:
+    the sign of a latent that a map reverses says little alone, and more beside another's.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
         super().__init__()
-        self.hidden = nn.Sequential(*hidden_layers(latent_dim, hidden, hidden) if hidden else [])
+        self.hidden = nn.Sequential(*[GatedLayer(latent_dim, hidden), nn.Linear(hidden, hidden),
+                                      nn.GELU()] if hidden else [])
         self.linear = nn.Linear(hidden or latent_dim, 2 * filters * 7 * 7)
         self.deconv1 = nn.ConvTranspose2d(2 * filters, filters, kernel_size=4, stride=2, padding=1)
         self.deconv2 = nn.ConvTranspose2d(filters, 1, kernel_size=4, stride=2, padding=1)

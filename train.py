@@ -338,7 +338,7 @@ class Progress:
 
 PRESETS = {  # each setting is also an option of its own
     "quick": dict(filters=16, epochs=2, transfer_epochs=1, batch_size=128, lr=9e-3),
-    "laptop": dict(filters=32, epochs=6, transfer_epochs=3, batch_size=128, lr=9e-3),
+    "laptop": dict(filters=32, epochs=6, transfer_epochs=2, batch_size=128, lr=9e-3),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3)}
 MODELS = {  # --model
     "lavae": "LAVAE",
@@ -432,7 +432,8 @@ class Settings:
     batch_size: int = option(
         None, COUNT, "images a step, all views counted; stage 1 takes 2 * latent dim * views or "
         "more,\nbecause fewer would have no misfit", metavar="N")
-    lr: float = option(None, RATE, "the learning rate's peak in stages 1 and 3", metavar="X")
+    lr: float = option(None, RATE, "the learning rate's peak in stage 1; in stage 3 it is half of "
+                       "this", metavar="X")
     kl_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     recon_weight: float = option(1.0, WEIGHT, "in stage 1 (default 1)", metavar="X")
     map_weight: float = option(
@@ -616,7 +617,8 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
         for names in settings.transfer:
             print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
             timed("stage 3, " + "+".join(names), stage3, model, names, z,
-                  tensors(x_train, names, device), epochs=settings.transfer_epochs, **schedule)
+                  tensors(x_train, names, device), epochs=settings.transfer_epochs,
+                  **schedule | dict(lr=settings.lr / 2))
     finish(model, settings, {"seconds": seconds, "history": history})
     diary.close()
 
