@@ -2748,8 +2748,9 @@ def limit(folder, *target):
     z, z_test = (torch.stack(augment.views(model.encode(torch.from_numpy(x)), model.maps)) for x in data[::2])
     images, wanted = (train.tensors(x, target, CPU) for x in data[::2])
     torch.manual_seed(0)
-    classifier = torch.nn.Sequential(*lavae.hidden_layers(z.shape[2], 256, 256, 256), torch.nn.Linear(256, len(views)))
-    told = lavae.tune(lavae.Decoder(z.shape[2] + len(views), filters, hidden=lavae.HEAD_WIDTH * filters))
+    hidden = lavae.HEAD_WIDTH * filters
+    classifier = torch.nn.Sequential(lavae.Decoder(z.shape[2], filters, hidden).hidden, torch.nn.Linear(hidden, len(views)))
+    told = lavae.tune(lavae.Decoder(z.shape[2] + len(views), filters, hidden))
 
     def guess(index, _):
         asked = torch.arange(len(views)).repeat_interleave(len(index))
@@ -2759,8 +2760,8 @@ def limit(folder, *target):
         original = torch.cat([condition(z[0, index], v) for v in views])
         return {"loss": lavae.bce(told(original), lavae.pixels(images[:, index]).flatten(0, 1))}
 
-    train.fit("p(view | z)", guess, z.shape[:2], [*classifier.parameters()], epochs=12, batch_size=512, lr=2e-3)
-    train.fit("told the view", draw, z.shape[:2], [*told.parameters()], epochs=3)
+    train.fit("p(view | z)", guess, z.shape[:2], [*classifier.parameters()], epochs=8, batch_size=512, lr=2e-3)
+    train.fit("told the view", draw, z.shape[:2], [*told.parameters()], epochs=3, lr=4.5e-3)
     totals, temperatures = Counter(), (0.8, 1.0, 1.2, 1.5, 2.0)
     with torch.no_grad():
         for v, i in itertools.product(views, torch.arange(z_test.shape[1]).split(lavae.BLOCK)):
