@@ -1082,7 +1082,8 @@ def some_pictures(run: Path, device: torch.device) -> list[Tensor]:
     model = lavae.load(run, device)
     x = np.random.default_rng(0).integers(0, 256, (100, 28, 28), np.uint8)
     latents = latents_of_views(model, x, np.arange(100) % 10, device)
-    return [*latents, *map(model.decoder, latents)]
+    decoders = [model.decoder, *(model.heads["+".join(names)] for names in model.transfers)]
+    return [*latents, *(decoder(z) for decoder in decoders for z in latents)]
 
 
 def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:

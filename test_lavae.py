@@ -2688,6 +2688,16 @@ def test_an_accelerator_that_computes_wrongly_is_not_trusted(accelerator, tmp_pa
     refused(evaluate.main, [out, "--device", "mps"], "away", "--device cpu")
 
 
+def test_an_accelerator_that_fails_in_a_head_is_not_trusted(accelerator, tmp_path, capsys):
+    out = tmp_path / "cpu"
+    cpus = small(out, f"{TINY} --device cpu")
+    wrong.add("gelu")  # stage 1 has none
+    assert same_bits(cpus, small(tmp_path / "run", TINY)) and "the CPU is taken" in capsys.readouterr().out
+    refused(evaluate.main, [out, "--device", "mps"], "away", "--device cpu")
+    small(tmp_path / "none", f"{TINY} --no-transfer")
+    assert "privateuseone computes what the CPU does" in capsys.readouterr().out
+
+
 def test_an_accelerator_that_lacks_something_is_not_trusted(monkeypatch, capsys):
     def compute(device):
         if device.type == "mps":

@@ -913,7 +913,8 @@ def check_memory(settings: Settings, n: int, device: torch.device) -> None:
 
 def first_step(settings: Settings, x_train: np.ndarray, y_train: np.ndarray,
                device: torch.device) -> list[Tensor]:
-    """The terms of the loss and the gradients of a run's first step, as the device computes them.
+    """The terms of the loss and the gradients of a run's first step, and of each head's, as the
+    device computes them.
 
     The same weights, images and noise for every device. Arrays as `run` takes them.
     """
@@ -922,10 +923,13 @@ def first_step(settings: Settings, x_train: np.ndarray, y_train: np.ndarray,
     n = step_of(model, settings)
     x = pixels(tensors(x_train[:n], settings.augs, device)[model.shown])
     labels = torch.from_numpy(y_train[:n]).long().to(device) if isinstance(model, CVAE) else None
-    terms = model.losses(x, torch.Generator().manual_seed(settings.seed), labels,
-                         weights_at(0.5, weights_of(settings)), settings.prior_loss)
-    terms["loss"].backward()
-    return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    noise = torch.Generator().manual_seed(settings.seed)
+    terms = model.losses(x, noise, labels, weights_at(0.5, weights_of(settings)),
+                         settings.prior_loss)
+    z = torch.randn(n, settings.latent_dim, generator=noise).to(device)
+    drawn = [bce(model.heads["+".join(names)](z), x[0]) for names in model.transfers]
+    sum(drawn, terms["loss"]).backward()
+    return [*terms.values(), *drawn, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 if __name__ == "__main__":
