@@ -2749,10 +2749,10 @@ def kept(name):
 
 
 def limit(folder, *target):
-    """To assets/results/limit-SEED.json: what an ideal decoder would get that is given the codes z L of a heat-map's
-    run and draws another pair. Who cannot be sure which view is asked paints the mean of those that may be: here
-    p(view | z) is a classifier's, whose temperature is the best one for the test images, and the views are drawn
-    by a decoder that is told which."""
+    """To assets/results/limit-SOURCE-TARGET-SEED.json: what an ideal decoder would get that is given the codes z L of
+    a heat-map's run and draws another pair. Who cannot be sure which view is asked paints the mean of those that may
+    be: here p(view | z) is a classifier's, whose temperature is the best one for the test images, and the views are
+    drawn by a decoder that is told which."""
     model, data = lavae.load(folder), augment.load_images()
     views, filters, condition = range(2 ** len(target)), model.arguments["filters"], CVAE(target).to_view
     z, z_test = (torch.stack(augment.views(model.encode(torch.from_numpy(x)), model.maps)) for x in data[::2])
@@ -2784,7 +2784,8 @@ def limit(folder, *target):
     totals = {key: value / z_test.shape[1] for key, value in totals.items()}
     found = {"source": "+".join(model.augs), "target": "+".join(target), "told": totals["told"],
              "ideal": min(totals[t] for t in temperatures), "made": train.made_with("cpu")}
-    (RESULTS / f"limit-{model.settings['seed']}.json").write_text(json.dumps(found) + "\n")
+    name = f"limit-{found['source']}-{found['target']}-{model.settings['seed']}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(found) + "\n")
     print(found)
 
 
@@ -2927,7 +2928,8 @@ def heatmap_parts(found):
     for target in map("+".join, train.MORE_TARGETS):
         totals = [transfer[target]["total"] for transfer in further]
         yield "further targets", f"{target.replace('+', ', ')}: {min(totals):.0f} to {max(totals):.0f}"
-    ideal, told = zip(*((one["ideal"], one["told"]) for one in map(json_of, sorted(RESULTS.glob("limit-*.json")))))
+    limits = [json_of(RESULTS / f"limit-rotate_cw+flip_lr-shear_x+canny-{seed}.json") for seed in range(3)]
+    ideal, told = ([one[key] for one in limits] for key in ("ideal", "told"))
     yield "limit", f"about {', '.join(f'{total:.0f}' for total in ideal)}, a decoder told the view {np.mean(told):.0f}"
 
 
