@@ -2907,6 +2907,9 @@ def ablation_parts(groups, ours, both):
     yield "MMD", f"(`--prior-loss mmd`) {mmd['total']:.1f}"
     yield "told", "a naive CVAE ends at {:.0f}, told view and digit at {:.0f}".format(
         *(groups[name][0]["evaluation"]["cvae"]["total"] for name in TOLD))
+    wrong = groups["k2"][0]["evaluation"]
+    yield "k = 2", (f"(exercise 2) it is {wrong['transfer']['shear_x+canny']['total']:.0f}: that map draws turns badly, "
+                    f"at {wrong['lavae']['rotate_cw']:.0f} nats, but {wrong['lavae']['separability']:.1%} of its codes")
 
 
 def heatmap_parts(found):
