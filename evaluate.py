@@ -430,7 +430,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
 
     P from Gaussians whose width gives each point `perplexity` neighbours; Q from Student's t in the
     plane; gradient descent on KL(P || Q) with momentum and gains, the first 250 steps with 12 P; a
-    learning rate of N / 48 or 50, whichever is more. Starts at the principal components. N^2 work
+    learning rate of N / 48 or 25, whichever is more. Starts at the principal components. N^2 work
     and memory a step: thousands of points, no more.
     """
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
@@ -451,7 +451,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
 
     y = torch.from_numpy(pca(x.numpy(), 2).astype(np.float32))  # (N, 2), moved by the gradient
     y *= 1e-4 / y[:, 0].std()
-    velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 25)
     for step in range(steps):
         early = step < 250
         squares = y.square().sum(1)

@@ -1507,7 +1507,7 @@ def test_tsne_is_as_good_as_scikit_learns(n, clouds, run, digits):
         found.append([trustworthiness(x, y, n_neighbors=12) for y in (ours, theirs)])
     a, b = np.mean(found, 0)
     print(f"trustworthiness {a:.4f}, scikit-learn's {b:.4f}; {len(x)} points in {seconds / clouds:.1f} s")
-    assert a > b - 0.015 and a > 0.9
+    assert a > b - 0.01 and a > 0.9
 
 
 def test_a_map_has_real_powers():
