@@ -1024,8 +1024,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"{run}: {error}" if run else str(error))
     except OSError as error:
-        parser.error(f"cannot write to {run} ({error.strerror or error}): make room, or copy the "
-                     "run to where you may write" if run else str(error))
+        parser.error(f"cannot write to {error.filename or run} ({error.strerror or error}): make "
+                     "room, or copy the run to where you may write" if run else str(error))
     except (MemoryError, RuntimeError) as error:
         if not lavae.is_out_of_memory(error):
             raise

@@ -1323,6 +1323,10 @@ def test_a_heat_map_for_each_data_set(small_data, no_figures, tmp_path):
         own = json_of(folder / pair / "evaluation.json")
         assert json_of(folder / "heatmap.json")[pair]["native"] == [own["lavae"]["total"]]
         assert (folder / "heatmap.png").is_file()
+    (folders[0] / "heatmap.json").unlink()
+    (folders[0] / "heatmap.json").mkdir()
+    refused(evaluate.main, ["--heatmap", folders[0], "--device", "cpu"],
+            f"cannot write to {folders[0] / 'heatmap.json'}")
     shutil.copytree(folders[1] / pair, folders[0] / "shear_x+canny")
     refused(evaluate.main, ["--heatmap", folders[0], "--device", "cpu"],
             "shear_x+canny", "no part of the heat-map")
