@@ -4,7 +4,8 @@
     image x ----> latent z ------> latent z L_i ----> augmented image A_i x
 
 From "Towards Composable Distributions of Latent Space Augmentations" (arXiv 2303.03462), in its
-order: encoder and decoder, the maps, the model, the losses of the three stages; then the baselines.
+order: encoder and decoder, the maps and the model, the losses of the three stages; then ablations,
+the baseline, checkpoints and devices.
 
     model = load("runs/flip_lr+flip_ud")
     mu, logvar = model.encoder(x)                          # x (B, 28, 28), values in [0, 1]
@@ -380,7 +381,8 @@ def free_misfit(z: Tensor, *augmented: Tensor) -> Tensor:
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All that stage 2 needs: G = E[z^T z] and C_i = E[z^T z_i], both (d, d), and E|z_i|^2.
+    """All that stage 2 needs, means over images: G of z^T z and C_i of z^T z_i, both (d, d), and of
+    |z_i|^2, ().
 
     z = E(x) and z_i = E(A_i x), (N, d) each; the result is float64 on the CPU.
     """

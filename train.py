@@ -94,12 +94,12 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
 
     The loss is quadratic in the latents, so their second moments say all: one pass over the data,
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
-    solution G^-1 C_i, which has the right signs among its eigenvalues: the involution term has a
+    solution G^-1 C_i, whose eigenvalues nearly all have the right signs: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    There are a few starts near it, one for each root of 1 where an eigenvalue lies between two, see
-    `starts`; the two best go to `settle`, the better of them stays. Returns a dict for each map:
-    mean squared error of the latents by least squares (the floor) and by L; `order_error`; whether
-    it has settled.
+    Others are the best orthogonal map and, where an eigenvalue lies between two roots of 1, one for
+    each root, see `starts`; the two best go to `settle`, the better of them stays. Returns a dict
+    for each map: mean squared error of the latents by least squares (the floor) and by L;
+    `order_error`; whether it has settled.
     """
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
