@@ -96,9 +96,9 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
     solution G^-1 C_i, whose eigenvalues nearly all have the right signs: the involution term has a
     minimum for every choice of signs, and from a random start it holds the maps at a wrong one.
-    Others are the best orthogonal map and, where an eigenvalue lies between two roots of 1, one for
-    each root, see `starts`; the two best go to `settle`, the better of them stays. Returns a dict
-    for each map: mean squared error of the latents by least squares (the floor) and by L;
+    Further starts: the best orthogonal map and, where an eigenvalue lies between two roots of 1, a
+    map for each root, see `starts`; the two best go to `settle`, the better of them stays. Returns
+    a dict for each map: mean squared error of the latents by least squares (the floor) and by L;
     `order_error`; whether it has settled.
     """
     history = []
