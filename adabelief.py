@@ -23,29 +23,40 @@ class AdaBelief(Optimizer):
     back, took longer than the arithmetic.
 
     Args:
-        params: tensors, or dicts that define parameter groups.
-        lr: step size.
-        betas: decay of m and of s.
-        eps: added to s at every step and to its root.
+        params: float32 or float64 tensors, or dicts that define parameter groups.
+        lr: step size, 0 or more.
+        betas: decay of m and of s, two numbers in [0, 1).
+        eps: added to s at every step and to its root; 1e-37 or more, so that float32 can hold it.
         weight_decay: 0 for none.
         decoupled: shrink the parameters by lr * weight_decay (as AdamW does) instead of adding
             weight_decay * p to the gradient.
         rectify: scale the steps as RAdam does, and take plain momentum steps while s is too young.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, in the defaults or in a group.
+        TypeError, in `step`, before a parameter is changed: a parameter is not float32 or float64
+            (half precision cannot hold eps; a complex number's parts would be mixed), or a gradient
+            is sparse.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-16, weight_decay: float = 0.0, decoupled: bool = True,
                  rectify: bool = False):
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
-            raise ValueError(f"lr, eps, weight_decay must not be negative: {lr, eps, weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1): {betas}")
+        self.scratch = {}  # a tensor like each parameter
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       decoupled=decoupled, rectify=rectify))
-        self.scratch = {}  # a tensor like each parameter
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group of parameters, as in every optimiser. Raises ValueError: see the class."""
+        given = {**self.defaults, **param_group}
+        lr, betas, eps, decay = (given[key] for key in ("lr", "betas", "eps", "weight_decay"))
+        if not (0 <= lr < math.inf and 0 <= decay < math.inf):
+            raise ValueError(f"lr and weight_decay must be finite, 0 or more: {lr, decay}")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1): {betas}")
+        if not 1e-37 <= eps < math.inf:
+            raise ValueError(f"eps must be 1e-37 or more: {eps}")
+        super().add_param_group(param_group)
 
     def __setstate__(self, state):
         """For copies and pickles: they have scratch of their own."""
@@ -59,6 +70,13 @@ class AdaBelief(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            if p.grad is not None and (p.dtype not in (torch.float32, torch.float64)
+                                       or p.grad.layout != torch.strided):
+                raise TypeError("AdaBelief takes float32 and float64 parameters with dense "
+                                f"gradients, not {p.dtype} with {p.grad.layout}")
+        self.scratch = {p: self.scratch[p] for p in params if p in self.scratch}
         for group in self.param_groups:
             same_age = {}  # t -> parameters: one entry, unless some had no gradient for a while
             for p in group["params"]:
