@@ -11,10 +11,14 @@ function of the image: that is what lets a linear map of the latent space learn 
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import math
+import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -72,6 +76,7 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     authors draw the angle from -50 to -45 for every image; the default is its middle.)
     """
     height, width = _checked(images).shape[1:]
+    _expect(-90 < degrees < 90, "an angle between -90 and 90 degrees", degrees)
     out = np.zeros_like(images)
     for y in range(height):
         shift = math.tan(math.radians(degrees)) * (y - (height - 1) / 2)  # out[x] = in[x + shift]
@@ -88,6 +93,7 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
 
     (The authors draw sigma from 0.1 to 2 for every image.)
     """
+    _expect(1e-3 <= sigma < math.inf, "a sigma of 0.001 pixels or more", sigma)
     weights = np.exp(-0.5 * (np.arange(-3, 4) / sigma) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
 
@@ -106,6 +112,8 @@ def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
 
     Borders mirrored, cut to 0..255. No inverse. (The authors draw alpha from 0 to 1.)
     """
+    _expect(0 <= alpha <= 1, "an alpha from 0 to 1", alpha)
+
     def blend(block):
         p = np.pad(block, ((0, 0), (1, 1), (1, 1)), "reflect").astype(np.int16)
         centre = p[:, 1:-1, 1:-1]
@@ -121,6 +129,8 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
     Each small pixel is a mean of the large ones under a triangle twice its width (antialiased
     bilinear). Undone by clearing the corner, where that was empty; not an involution.
     """
+    _expect(size >= 1, "a size of 1 pixel or more", size)
+
     def shrink(n):  # (min(size, n), n), each row the weights of one small pixel
         scale = n / min(size, n)
         centres = (np.arange(min(size, n))[:, None] + 0.5) * scale
@@ -179,6 +189,7 @@ def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray
     """
     if min(_checked(images).shape[1:]) < 3:
         raise ValueError(f"expected images of 3x3 pixels or more, got {images.shape}")
+    _expect(not math.isnan(low + high), "thresholds that are numbers", (low, high))
     low, high = (math.floor(min(t, 32767) ** 2) if t > 0 else 0 for t in sorted((low, high)))
     return _in_blocks(lambda block: _canny(block, low, high), images)
 
@@ -236,9 +247,14 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
 def _checked(images):
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8):
         raise TypeError(f"expected a uint8 array, got {getattr(images, 'dtype', type(images))}")
-    if images.ndim != 3:
-        raise ValueError(f"expected images of shape (N, H, W), got {images.shape}")
+    if images.ndim != 3 or 0 in images.shape[1:]:
+        raise ValueError(f"expected images of shape (N, H, W), H and W not 0, got {images.shape}")
     return images
+
+
+def _expect(there, what, given):
+    if not there:
+        raise ValueError(f"expected {what}, got {given}")
 
 
 def _in_blocks(f, images, pixels=400_000):  # so few that the work stays in the processor's caches
@@ -268,23 +284,34 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
     Raises:
         OSError: a file is missing, damaged or cannot be downloaded; the message says what to do.
     """
+    data_dir = Path(data_dir)
     if dataset == "mnist":
-        path, cure = Path(data_dir) / "mnist.npz", "restore it: git checkout -- data/mnist.npz"
+        path, cure = data_dir / "mnist.npz", "restore it: git checkout -- data/mnist.npz"
+        if data_dir.resolve() != DATA_DIR:
+            cure = f"copy {DATA_DIR / 'mnist.npz'} there, or leave --data-dir out"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {cure}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != MNIST_SHA256:
             raise OSError(f"{path} is damaged: {cure}")
         with np.load(path) as file:
             return tuple(file[key] for key in ("x_train", "y_train", "x_test", "y_test"))
-    from torchvision import datasets  # here, because it takes seconds to import
-
+    try:
+        from torchvision import datasets  # here, because it takes seconds to import
+    except Exception as error:  # where the two do not fit, anything may be raised
+        raise OSError("torch and torchvision do not belong together here: install both at once, "
+                      "`python -m pip install --force-reinstall torch torchvision` "
+                      f"({_one_line(error)})") from error
     try:
         parts = [getattr(datasets, DATASETS[dataset])(data_dir, train=train, download=True)
                  for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # torchvision's words for no network and a bad archive
-        raise OSError(f"cannot download {dataset} to {data_dir}: check the network, remove what is "
-                      f"left there, try again ({error})".replace("\n", " ")) from error
-    return tuple(a for p in parts for a in (p.data.numpy(), p.targets.numpy().astype(np.uint8)))
+        return tuple(a for p in parts for a in (p.data.numpy(), p.targets.numpy().astype(np.uint8)))
+    except Exception as error:  # no network, and whatever half a file may raise
+        raise OSError(f"cannot get {dataset}: check the network, remove "
+                      f"{data_dir / DATASETS[dataset]}, try again ({_one_line(error)})") from error
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def like_mnist(path: str | Path) -> np.ndarray:
@@ -307,16 +334,20 @@ def like_mnist(path: str | Path) -> np.ndarray:
             with Image.open(path) as file:
                 if file.width * file.height > 50_000_000:
                     raise Image.DecompressionBombError
-                grey = _grey(ImageOps.exif_transpose(file))
+                picture = ImageOps.exif_transpose(file)
+                picture.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has more than 50 megapixels: make it smaller") from error
     except Exception as error:  # a broken file may raise anything
         raise ValueError(f"{path} is no picture that can be read") from error
-    shrink = math.ceil(max(grey.shape) / 500)  # enough for 20 pixels, and quick
-    size = [max(1, side // shrink) for side in grey.shape[::-1]]
-    ink, noise = _ink(np.asarray(Image.fromarray(grey.astype(np.float32)).resize(
-        size, Image.Resampling.BOX), np.float64) if shrink > 1 else grey)
-    figure, others = _largest_figure(ink, noise)
+    grey = _grey(picture, path)
+    ink, noise, figure, others = _figure_in(grey)
+    if figure.shape != grey.shape and 0 < _size(figure) < 40:  # in a large picture
+        margin, cut = _size(figure), []
+        for axis, side in zip((1, 0), grey.shape):
+            at, scale = np.flatnonzero(figure.any(axis)), side / figure.shape[1 - axis]
+            cut.append(slice(int(max(0, at[0] - margin) * scale), int((at[-1] + margin) * scale)))
+        ink, noise, figure, _ = _figure_in(grey[tuple(cut)])
     darkest = np.quantile(ink[figure], 0.98) if figure.any() else 0
     floor = min(1, max(0.2, 3 * noise / max(darkest, 1e-9)))  # paper is not quite even
     ink = (ink - floor * darkest).clip(0, (1 - floor) * darkest) * _grown(figure, 2)
@@ -328,6 +359,21 @@ def like_mnist(path: str | Path) -> np.ndarray:
     return _boxed(np.rint(255 * ink / ink.max()).astype(np.uint8))
 
 
+def _figure_in(grey):
+    """A small copy of a picture, quick to search: its ink, its noise, and its largest figure."""
+    shrink = math.ceil(min(max(grey.shape) / 500, (grey.size / 125_000) ** 0.5))
+    size = [max(1, side // shrink) for side in grey.shape[::-1]]
+    ink, noise = _ink(np.asarray(Image.fromarray(grey.astype(np.float32)).resize(
+        size, Image.Resampling.BOX), np.float64) if shrink > 1 else grey)
+    return ink, noise, *_largest_figure(ink, noise)
+
+
+def _size(figure):
+    """The longer side of what a mask shows, in pixels; 0 if it shows nothing."""
+    sides = [np.flatnonzero(figure.any(axis)) for axis in (0, 1)]
+    return max(side[-1] - side[0] + 1 if side.size else 0 for side in sides)
+
+
 def _ink(grey):
     """How far each pixel is from its page, towards dark or towards light, as is clearer; the noise.
 
@@ -335,7 +381,7 @@ def _ink(grey):
     """
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in grey.shape), indexing="ij")
     terms = np.stack([x ** 0, x, y, x * x, x * y, y * y], 2)
-    step = math.ceil(max(grey.shape) / 100)
+    step = max(1, min(math.ceil(max(grey.shape) / 100), min(grey.shape) // 20))
     points, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].ravel()
     fits = []
     for off in (np.zeros(len(values)), np.abs(values - np.median(values))):  # from all; from a page
@@ -378,16 +424,15 @@ def _largest_figure(ink, noise):
     Parts that nearly touch are one figure. It is nowhere if there is no ink.
     """
     soft = Image.fromarray(np.rint(ink).clip(max=255).astype(np.uint8))
-    soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(max(ink.shape) / 400)))
+    soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(min(500, max(ink.shape)) / 400)))
     inked = soft > max(8, 4 * noise, 0.3 * soft.max())
     if not inked.any():
         return inked, 0
     inked = soft > 0.4 * np.median(soft[inked])
     parts, mass = _parts(inked, soft * inked)
     largest = parts == mass.argmax()
-    sides = [np.ptp(np.flatnonzero(largest.any(axis))) + 1 for axis in (0, 1)]
     inked &= (mass > 0.01 * mass.max())[parts]  # no specks
-    parts, mass = _parts(_grown(inked, 0.04 * max(sides)), soft * inked)
+    parts, mass = _parts(_grown(inked, 0.04 * _size(largest)), soft * inked)
     return inked & (parts == mass.argmax()), (mass > mass.max() / 3).sum() - 1
 
 
@@ -424,10 +469,12 @@ def _boxed(ink):
     return np.pad(box, [(a, 28 - n - a) for a, n in zip(at, size)])
 
 
-def _grey(picture):  # floats from 0 to 255; what is transparent is black or white, as is clearer
+def _grey(picture, path):  # floats from 0 to 255; what is transparent is black or white, as is clearer
     if picture.mode.startswith(("I", "F")):  # 16 bits and more
         grey = np.asarray(picture, np.float64)
-        return (grey - grey.min()) * (255 / max(1, np.ptp(grey)))
+        if not np.isfinite(grey).all():
+            raise ValueError(f"{path} holds numbers that are not finite: replace them")
+        return (grey - grey.min()) * (255 / (np.ptp(grey) or 1))
     picture = picture.convert("RGBA")
     layers = [Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("L")
               for ground in ("white", "black")]
@@ -438,8 +485,15 @@ def _grey(picture):  # floats from 0 to 255; what is transparent is black or whi
 
 
 def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
-    """Words as a picture; lines are centred. size: in pixels, about a line's height."""
-    font, lines = ImageFont.load_default(size), words.split("\n")
+    """Words as a picture; lines are centred. size: in pixels, about a line's height.
+
+    Raises ValueError: this Pillow cannot write.
+    """
+    try:
+        font, lines = ImageFont.load_default(size), words.split("\n")
+    except ImportError as error:
+        raise ValueError("this Pillow was built without FreeType and cannot write text: `python -m "
+                         "pip install --force-reinstall pillow`") from error
     width, height = 8 + math.ceil(max(map(font.getlength, lines))), size * 5 // 4 * len(lines)
     page = Image.new("RGB", (width, height), paper)
     ImageDraw.Draw(page).text((width / 2, height / 2), words, colour, font, "mm", align="center")
@@ -501,6 +555,46 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
 
 
+# ---------------------------------------------------------------- command line
+
+
+class Output(io.TextIOBase):
+    """Standard output that decides nothing: what it cannot write ends no program.
+
+    A character that the console lacks is shown as its code, and when the reader has gone away, as
+    `| head` does, or the disk that holds the log is full, the rest is not shown. `stream` may be
+    None, or any object that has `write`.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, words: str) -> int:
+        """Write and flush, or do nothing."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            try:
+                self.stream.write(words)
+                self.stream.flush()
+            except OSError:  # Python's own flush, when the program ends, shall not fail either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(words)
+
+    def isatty(self) -> bool:
+        """Whether the stream says that it is a terminal."""
+        with contextlib.suppress(AttributeError, ValueError):
+            return self.stream.isatty()
+        return False
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    """`print` writes to an `Output` meanwhile; also a decorator."""
+    with contextlib.redirect_stdout(Output(sys.stdout)):
+        yield
+
+
 def parser_of() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
@@ -513,17 +607,18 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a picture of all augmentations, the composition of the named ones last."""
     parser = parser_of()
     options = parser.parse_args(argv)
     try:
         digits = one_of_each(*load_images()[2:])
-    except OSError as error:
+        rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()),
+                None, ("+".join(options.augs), all_views(digits, options.augs)[-1])]
+        page = grid("Augmentations", CLASSES["mnist"], rows, cell=64)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()), None,
-            ("+".join(options.augs), all_views(digits, options.augs)[-1])]
-    page = grid("Augmentations", CLASSES["mnist"], rows, cell=64)
     try:
         page.save(options.out)
     except (OSError, ValueError) as error:
