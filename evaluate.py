@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, box,
-                     grid, like_mnist, load_images, one_of_each, table, text, titled, view_names,
-                     views)
+                     grid, like_mnist, load_images, one_of_each, table, text, titled,
+                     tolerant_output, view_names, views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, paired",
@@ -62,8 +62,8 @@ def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[list[Tensor]
     """The logits drawn from latents (N, latent_dim), in blocks, and the BCE of each of the uint8
     images (N, 28, 28) given them: nats, float64 (N,), on the CPU."""
     logits = [decoder(block) for block in z.split(BLOCK)]
-    bces = [F.binary_cross_entropy_with_logits(block, pixels(x), reduction="none").flatten(1).sum(1)
-            for block, x in zip(logits, images.split(BLOCK))]
+    bces = [F.binary_cross_entropy_with_logits(block, pixels(x, block.dtype), reduction="none")
+            .flatten(1).sum(1) for block, x in zip(logits, images.split(BLOCK))]
     return logits, torch.cat(bces).cpu().double()
 
 
@@ -76,7 +76,7 @@ def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
     """The same, and does a picture belong to THIS image? The share of those that lie nearest (L2)
     to their own among all."""
     logits, bces = decoded(decoder, z, images)
-    targets = pixels(images).flatten(1)
+    targets = pixels(images, z.dtype).flatten(1)
     squares = targets.square().sum(1)
     nearest = [(squares - 2 * block.sigmoid().flatten(1) @ targets.T).argmin(1)  # + |D(z)|^2
                for block in logits]
@@ -158,8 +158,9 @@ def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
             "re-encoded": (away.norm() / half.norm()).item()}
 
 
-def told_apart(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
-    """Whether a small classifier knows the view of each test latent, (N,) bool for each view.
+def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
+    """Whether a probe, a small classifier, names the view of each test latent right: (N,) bool for
+    each view.
 
     train, test: the latents of each view, (N, latent_dim). A hidden layer of 64, 5 epochs, seeded.
     """
@@ -167,15 +168,15 @@ def told_apart(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
     y = torch.arange(len(train), device=z.device).repeat_interleave(len(train[0]))
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        classifier = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(train)))
-        optimizer = AdaBelief(classifier.to(z.device).parameters(), lr=1e-2)
+        probe = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(train)))
+        optimizer = AdaBelief(probe.to(z.device).parameters(), lr=1e-2)
         for _ in range(5):
             for index in torch.randperm(len(z)).to(z.device).split(500):
-                loss = F.cross_entropy(classifier(z[index]), y[index])
+                loss = F.cross_entropy(probe(z[index]), y[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return [classifier(z_v).argmax(1) == v for v, z_v in enumerate(test)]
+    return [probe(z_v).argmax(1) == v for v, z_v in enumerate(test)]
 
 
 @torch.no_grad()
@@ -194,9 +195,9 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 
     y: their digits (N,), for a CVAE that is told them.
     """
-    known = {"labels": torch.from_numpy(y).long().to(device)} if isinstance(model, CVAE) else {}
-    z = model.encode(torch.from_numpy(x).to(device), **known)
-    return [model.to_view(z, v, **known) for v in range(2 ** len(model.augs))]
+    told = {"labels": torch.from_numpy(y).long().to(device)} if isinstance(model, CVAE) else {}
+    z = model.encode(torch.from_numpy(x).to(device), **told)
+    return [model.to_view(z, v, **told) for v in range(2 ** len(model.augs))]
 
 
 @torch.no_grad()
@@ -207,8 +208,8 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     encoded = [model.encode(v) for v in images]
     z, mapped = encoded[0], views(encoded[0], model.maps)
     row, functions = row_of(model, mapped, images), [AUGMENTATIONS[aug] for aug in model.augs]
-    known = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
-    apart = torch.stack(told_apart(known, mapped)).cpu()
+    train = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
+    correct = torch.stack(correctly_classified(train, mapped)).cpu()
 
     def each(latents):  # the nats of every view, drawn from these
         return {name: nats(model.decoder, z, x) for name, z, x in zip(names, latents, images)}
@@ -222,7 +223,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         "inverse": {name: any_to_any[name]["orig"] for name in names[1:]},
         "order_error": {aug: f.order_error(ORDERS[aug], z).item()
                         for aug, f in zip(model.augs, model.maps) if aug in ORDERS},
-        "any_to_any": any_to_any, "separability": apart.double().mean().item(),
+        "any_to_any": any_to_any, "probe_accuracy": correct.double().mean().item(),
         "group": group(model) if isinstance(model.maps[0], LatentMap) else None,
         "half": {aug: half_way(model, f.L, z[:2000]) for aug, f in zip(model.augs, model.maps)
                  if aug in ORDERS and isinstance(f, LatentMap)},
@@ -235,8 +236,8 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
         bces = torch.stack([decoded(head, z_v, x_v)[1]
                             for z_v, x_v in zip(mapped, tensors(x, augs, device))])
         transfer[key] = with_total(dict(zip(view_names(augs), bces.mean(1).tolist())))
-        for word, kind in (("told_apart", apart), ("confused", ~apart)):
-            transfer[key][word] = bces[kind].mean().item() if kind.any() else None
+        for words, chosen in (("correctly_classified", correct), ("wrongly_classified", ~correct)):
+            transfer[key][words] = bces[chosen].mean().item() if chosen.any() else None
     return {"lavae": row, "transfer": transfer}
 
 
@@ -297,7 +298,7 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
         *((f"from {name}", with_total(v).values()) for name, v in row["any_to_any"].items()),
         ("direct, D(E(view))", with_total(row["direct"]).values()),
         ("reverse composition", [*nothing[1:], row["reverse"], None])])
-    print(f"the views' latents, z L, are told apart with {row['separability']:.1%} accuracy")
+    print(f"a probe names the view of a latent, z L, with {row['probe_accuracy']:.1%} accuracy")
     for name, square in row["order_error"].items():
         print(f"|I - L^{ORDERS[name]}|^2 of {name}: {square:.1e}")
     if row["group"]:
@@ -317,13 +318,27 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
         if target in totals:
             rows.append(("  paper", [*nothing, totals[target]]))
         print_table(f"transfer to {target}", columns, rows)
-        print("a view: " + ", ".join(f"{row[key]:.1f} where it is {words}" for key, words in (
-            ("told_apart", "told apart from the others"), ("confused", "confused with another"))
-            if row[key] is not None))
+        print("a view: " + ", ".join(f"{row[key]:.1f} where the probe names it {word}"
+                                     for key, word in (("correctly_classified", "correctly"),
+                                                       ("wrongly_classified", "wrongly"))
+                                     if row[key] is not None))
 
 
-def report_seeds(group: Sequence["Scene"]) -> None:
+def no_repeats(runs: Sequence["Run"]) -> str:
+    """In what runs differ, but for the seed; "" if in nothing: then they repeat one experiment."""
+    first = runs[0].settings
+    differ = [key for key in first if key not in ("seed", "device")
+              and any(run.settings.get(key) != first[key] for run in runs)]
+    if not differ and len({one.settings["seed"] for one in runs}) < len(runs):
+        return "nothing: two have one seed, and are copies"
+    return ", ".join(differ)
+
+
+def report_seeds(group: Sequence["Run"]) -> None:
     """Print mean and standard deviation of runs that differ in their seeds alone."""
+    if why := no_repeats(group):
+        print(f"no mean of {' and '.join(str(one.folder) for one in group)}: they differ in {why}")
+        return
     augs, results = group[0].augs, [one.result for one in group]
     columns, rows = [*view_names(augs), "total", "identity, %"], []
     for name in LABELS:
@@ -333,13 +348,13 @@ def report_seeds(group: Sequence["Scene"]) -> None:
             values.append([100 * statistics.mean(row["identity"].values()) for row in found])
             rows.append((f"{LABELS[name]}, {len(found)} runs", [spread(v) for v in values]))
     if rows:
-        print_table(f"{group[0].run}, .., mean +- sd", columns, rows)
+        print_table(f"{group[0].folder}, .., mean +- sd", columns, rows)
     if len(group) > 1 and "lavae" in results[0]:
         ours = [result["lavae"] for result in results]
         print("LAVAE, direct, total:", spread([sum(row["direct"].values()) for row in ours]))
         print("LAVAE, reverse less composition:",
               spread([row["reverse"] - row[view_names(augs)[-1]] for row in ours]))
-        print("LAVAE, separability, %:", spread([100 * row["separability"] for row in ours]))
+        print("LAVAE, probe accuracy, %:", spread([100 * row["probe_accuracy"] for row in ours]))
         for target in results[0]["transfer"]:
             print(f"LAVAE, transfer to {target}, total:",
                   spread([result["transfer"][target]["total"] for result in results]))
@@ -352,22 +367,26 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def heatmap_row(results: Sequence[dict]) -> dict[str, list[float]]:
     """A source's row of the heat-map, from evaluations that differ in their seeds alone:
-    {"native": totals, "separability": .., target: totals}."""
+    {"native": totals, "probe_accuracy": .., target: totals}."""
     return {"native": [result["lavae"]["total"] for result in results],
-            "separability": [result["lavae"]["separability"] for result in results],
+            "probe_accuracy": [result["lavae"]["probe_accuracy"] for result in results],
             **{target: [result["transfer"][target]["total"] for result in results]
                for target in results[0]["transfer"]}}
 
 
-def save_heatmap(dataset: str, groups: Sequence[Sequence["Scene"]]) -> None:
-    """Print the heat-map of one data set, and write it into the folder of its first run's folder:
-    {source: row}. Raises OSError.
+def save_heatmap(runs: Sequence["Run"]) -> None:
+    """Print the heat-map of the runs, and write it into the folder of the first one's folder:
+    {source: row}; of several runs of one source the means. Raises OSError.
 
-    groups: of runs that differ in their seeds alone; of two with one source the first counts.
+    ValueError: they are no repeats of each other.
     """
-    folder, table = groups[0][0].run.parent, {}
-    for group in groups:
-        table.setdefault("+".join(group[0].augs), heatmap_row([one.result for one in group]))
+    folder, dataset, table = runs[0].folder.parent, runs[0].dataset, {}
+    for source in dict.fromkeys("+".join(run.augs) for run in runs):
+        group = [run for run in runs if "+".join(run.augs) == source]
+        if why := no_repeats(group):
+            raise ValueError(f"the runs of {source} differ in {why}: name heat-maps that differ in "
+                             "their seeds alone")
+        table[source] = heatmap_row([one.result for one in group])
     report_heatmap(dataset, table)
     (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
     print(f"  {save(heatmap(dataset, table), folder / 'heatmap')}")
@@ -389,7 +408,7 @@ def report_heatmap(dataset: str, table: dict) -> None:
     """Print the heat-map, and how many cells are below the paper's, where it has them."""
     targets = [*dict.fromkeys(key for row in table.values() for key in row)]
     print_table("trained on; transferred to", targets, [
-        (source, [statistics.mean(row[key]) * (100 if key == "separability" else 1)
+        (source, [statistics.mean(row[key]) * (100 if key == "probe_accuracy" else 1)
                   if key in row else None for key in targets]) for source, row in table.items()])
     if cells := beside_paper(dataset, table):
         print(f"{sum(ours < paper for *_, ours, paper in cells)} of {len(cells)} cells are below "
@@ -476,9 +495,9 @@ def draw(decoder: nn.Module, z: Tensor) -> np.ndarray:
 
 
 @dataclass
-class Scene:
+class Run:
     """What figures are made from: a run, measured, and the digits that all of them show."""
-    run: Path
+    folder: Path
     models: dict[str, LAVAE | CVAE]  # by the name of --model
     dataset: str  # its name
     data: Sequence[np.ndarray]  # as load_images gives it
@@ -510,20 +529,21 @@ class Scene:
         return ours | ({"baselines": rows} if rows else {})
 
     def model(self, name: str = "lavae") -> LAVAE | CVAE:
-        """The model of that name. Raises Lacking: it is not there."""
-        need(name in self.models, "a LAVAE" if name == "lavae" else
+        """The model of that name. Raises NotAvailable: it is not there."""
+        require(name in self.models, "a LAVAE" if name == "lavae" else
              f"the model {name}: train it with `python train.py --baselines`")
         return self.models[name]
 
     def planar(self) -> LAVAE:
-        """The LAVAE. Raises Lacking: its latents fill no plane."""
-        need(self.model().latent_dim >= 2,
+        """The LAVAE. Raises NotAvailable: its latents fill no plane."""
+        require(self.model().latent_dim >= 2,
              "latents of two numbers or more: train with another --latent-dim")
         return self.model()
 
     def linear(self) -> LAVAE:
-        """The LAVAE. Raises Lacking: its maps are not matrices."""
-        need(isinstance(self.model().maps[0], LatentMap), "linear maps: train without --latent-map")
+        """The LAVAE. Raises NotAvailable: its maps are not matrices."""
+        require(isinstance(self.model().maps[0], LatentMap),
+                "linear maps: train without --latent-map")
         return self.model()
 
     def encode(self, images: np.ndarray) -> Tensor:
@@ -540,14 +560,14 @@ class Scene:
                 for L, z_v in zip(self.products, latents)]
 
 
-class Lacking(ValueError):
+class NotAvailable(ValueError):
     """A run cannot have a figure; the message says what it needs."""
 
 
-def need(there: bool, what: str) -> None:
-    """Raises Lacking where what a figure needs is not there."""
+def require(there: bool, what: str) -> None:
+    """Raises NotAvailable where what a figure needs is not there."""
     if not there:
-        raise Lacking(f"needs {what}")
+        raise NotAvailable(f"needs {what}")
 
 
 def spaced(groups: Iterable[Sequence]) -> list:
@@ -569,10 +589,10 @@ Series = tuple[str, Sequence, str]  # label, points (N, 2), one of: dots, rings,
 
 
 def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], side: int = 420,
-          scales: bool = False, reach: float | None = None) -> Image.Image:
+          axes: tuple[str, str] | None = None, reach: float | None = None) -> Image.Image:
     """Rows of panels (heading, series) under a title and a legend: a label has one colour in all.
 
-    scales: write the ends of both axes; reach: axes from -reach to reach, not from end to end.
+    axes: their names; both begin at 0, with round ticks. reach: axes from -reach to reach.
     """
     labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
     colours = dict(zip(labels, cycle(COLOURS)))
@@ -580,17 +600,20 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], 
     room = max(1, (side + 24) * max(map(len, panels)) // max(entry.width + 16 for entry in entries))
     legend = table([entries[i:i + room] for i in range(0, len(entries), room)], "l", gap=16)
     return titled(title, legend, table([[table([
-        [text(heading)], [panel(side, series, colours, scales, reach)]], "c")
+        [text(heading)], [panel(side, series, colours, axes, reach)]], "c")
         for heading, series in row] for row in panels], "c", gap=24))
 
 
-def panel(side: int, series: Sequence[Series], colours: dict[str, tuple], scales: bool,
-          reach: float | None) -> Image.Image:
+def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
+          axes: tuple[str, str] | None, reach: float | None) -> Image.Image:
     """A square with points and lines in it, as large as they can be; see `chart`."""
     page = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(page)
     every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
     low, high = (every.min(0), every.max(0)) if reach is None else np.outer([-reach, reach], [1, 1])
+    if axes:
+        ticks = [round_ticks(top) for top in high]
+        low, high = np.zeros(2), np.array([values[-1] for values in ticks])
     span, dots = np.where(high > low, high - low, 1), []
     for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
         at = ((np.asarray(points, float) - low) / span * [1, -1] + [0, 1]) * (side - 24) + 12
@@ -602,12 +625,37 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple], scales
     for x, y, r, hollow, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
         pen.ellipse((x - r, y - r, x + r, y + r), None if hollow else colour, colour, 4)
     page = ImageOps.expand(page, 1, "silver")
-    if not scales:
-        return page
-    x0, y0, x1, y1 = (text(f"{value:.3g}", 20) for value in (*low, *high))
-    left = table([[y1], [box((1, page.height - 2 * y0.height), "white")], [y0]], "r", gap=0)
-    room = box((max(1, page.width - x0.width - x1.width), 1), "white")
-    return table([[left, page], [None, table([[x0, room, x1]], gap=0)]])
+    return with_axes(page, axes, ticks) if axes else page
+
+
+def round_ticks(top: float, most: int = 6) -> list[float]:
+    """From 0 in steps of 1, 2 or 5 times a power of ten, up to `top` or the next step, `most` + 1
+    ticks or fewer."""
+    step = next(step for power in range(-9, 10) for digit in (1, 2, 5)
+                if (step := digit * 10.0 ** power) * most >= top)
+    return [step * i for i in range(max(1, math.ceil(top / step)) + 1)]
+
+
+def with_axes(page: Image.Image, names: Sequence[str], ticks: Sequence[Sequence[float]]
+              ) -> Image.Image:
+    """A panel with the names of its axes, x and y, and their ticks, numbers from 0."""
+    left, room = 100, page.width - 26  # the panel has a margin of 13 pixels
+    whole = Image.new("RGB", (page.width + left + 20, page.height + 70), "white")
+    whole.paste(page, (left, 10))
+    pen = ImageDraw.Draw(whole)
+    for axis, values in enumerate(ticks):
+        for value in values:
+            share, label = value / values[-1], text(f"{value:g}", 20)
+            x = left + 13 + room * share if axis == 0 else left
+            y = 10 + page.height - 13 - room * share if axis else 10 + page.height
+            pen.line((x, y, x + 8 * axis, y - 8 * (1 - axis)), "black", 2)
+            x, y = (x - label.width / 2, y + 2) if axis == 0 else (x - label.width,
+                                                                   y - label.height / 2)
+            whole.paste(label, (round(x), round(y)))
+    name, turned = text(names[0], 22), text(names[1], 22).rotate(90, expand=True)
+    whole.paste(name, (left + (page.width - name.width) // 2, whole.height - name.height))
+    whole.paste(turned, (0, 10 + (page.height - turned.height) // 2))
+    return whole
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Image.Image:
@@ -626,12 +674,12 @@ def heatmap(dataset: str, numbers: dict) -> Image.Image:
     totals beneath."""
     keys = [key for row in numbers.values() for key in row]
     columns = [key for key in dict.fromkeys([*PAPER_TOTALS, *keys]) if key in keys and "+" in key]
-    rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "views+told apart"])]]
+    rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "probe+accuracy"])]]
     for source, row in numbers.items():
         paper = of_paper(PAPER_TOTALS, dataset, source)
         rows.append([text(source.replace("+", "\n"), 26),
                      *(heatmap_cell(row, source, c, paper.get(c)) for c in columns),
-                     text(f"{statistics.mean(row['separability']):.1%}", 44)])
+                     text(f"{statistics.mean(row['probe_accuracy']):.1%}", 44)])
     colours = "blue: below the paper's, red: above; " if dataset == "mnist" else f"{dataset}; "
     return titled("Trained on a pair (rows), drawn as another (columns): nats, all four views",
                   table(rows), text(f"{colours}on the diagonal the decoder of stage 1, and beneath "
@@ -657,43 +705,44 @@ def heatmap_cell(row: dict, source: str, target: str, paper: float | None) -> Im
 # ---------------------------------------------------------------- the paper's figures
 
 
-def fig3_views(s):
+def fig3_views(run):
     """Fig. 3: every view drawn from the original's latent"""
-    drawn = s.through_maps(s.encode(s.digits), "D(E(x){})")
+    drawn = run.through_maps(run.encode(run.digits), "D(E(x){})")
     formula, pictures = drawn[-1]
-    return grid(f"Augment in latent space: {' and '.join(s.augs)}", s.columns, [
-        *view_rows(s.augs, s.digits, drawn), None, (f"reverse {formula}", pictures)])
+    return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, [
+        *view_rows(run.augs, run.digits, drawn), None, (f"reverse {formula}", pictures)])
 
 
-def fig4_inverses(s):
+def fig4_inverses(run):
     """Fig. 4: every view back to the original"""
-    model = s.model()
-    rows = [("orig", s.digits), ("D(E(x))", draw(model.decoder, s.encode(s.digits)))]
-    for v, (name, view, L) in enumerate(zip(s.names, all_views(s.digits, s.augs), s.products)):
+    model = run.model()
+    rows = [("orig", run.digits), ("D(E(x))", draw(model.decoder, run.encode(run.digits)))]
+    views_of_digits = all_views(run.digits, run.augs)
+    for v, (name, view, L) in enumerate(zip(run.names, views_of_digits, run.products)):
         if v:
             inverse = f"({L.strip()})^-1" if L.count("L") > 1 else f"{L.strip()}^-1"
-            z = model.from_view(s.encode(view), v)
+            z = model.from_view(run.encode(view), v)
             rows += [None, (f"v = {name}", view), (f"D(E(v) {inverse})", draw(model.decoder, z))]
-    return grid(f"Back to the original: {' and '.join(s.augs)}", s.columns, rows)
+    return grid(f"Back to the original: {' and '.join(run.augs)}", run.columns, rows)
 
 
-def fig5_recursion(s, rounds=7):
+def fig5_recursion(run, rounds=7):
     """Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane"""
-    model, path, rows = s.planar(), [s.encode(s.digits)], [("x", s.digits)]
+    model, path, rows = run.planar(), [run.encode(run.digits)], [("x", run.digits)]
     for k in range(1, rounds + 1):
         rows.append((f"round {k}", draw(model.decoder, model.maps[0](path[-1]))))
-        path.append(s.encode(rows[-1][1]))
+        path.append(run.encode(rows[-1][1]))
     path = torch.stack(path).cpu().numpy()  # (rounds + 1, n, latent_dim)
-    moved = drift(path, ORDERS.get(s.augs[0]))
+    moved = drift(path, ORDERS.get(run.augs[0]))
     stable, unstable = moved.argmin(), moved.argmax()
-    latents = [s.encode(v[:400]).cpu().numpy() for v in all_views(s.data[2], s.augs)]
+    latents = [run.encode(v[:400]).cpu().numpy() for v in all_views(run.data[2], run.augs)]
     plane = fast_ica(np.concatenate([*latents, path[:, stable], path[:, unstable]]))
     parts = np.split(plane, np.cumsum([400] * len(latents) + [rounds + 1]))
-    series = [(name, part, "dots") for name, part in zip(s.names, parts)]
-    series += [(f"{word}: {s.columns[i]}", part, "path") for word, i, part in zip(
+    series = [(name, part, "dots") for name, part in zip(run.names, parts)]
+    series += [(f"{word}: {run.columns[i]}", part, "path") for word, i, part in zip(
         ("stable", "unstable"), (stable, unstable), parts[len(latents):])]
     return table([[
-        grid(f"x <- D(E(x) L1), again and again: {s.augs[0]}", s.columns, rows, cell=72),
+        grid(f"x <- D(E(x) L1), again and again: {run.augs[0]}", run.columns, rows, cell=72),
         chart("Test latents and two paths, ICA", [[("", series)]], side=500)]])
 
 
@@ -705,112 +754,113 @@ def drift(path: np.ndarray, order: int | None) -> np.ndarray:
     return np.linalg.norm(path[b] - path[a], axis=1)
 
 
-def fig6_transfer(s):
+def fig6_transfer(run):
     """Fig. 6: the same latents drawn by the decoder of each transfer"""
-    model, z = s.model(), s.encode(s.digits)
-    need(bool(model.transfers), "a transfer: train with --transfer")
+    model, z = run.model(), run.encode(run.digits)
+    require(bool(model.transfers), "a transfer: train with --transfer")
     return {f"fig6_{key}": grid(
-        f"Same latents, new decoder: {' and '.join(s.augs)} to {' and '.join(augs)}", s.columns,
-        view_rows(augs, s.digits, s.through_maps(z, "D_B(E(x){})", head)))
+        f"Same latents, new decoder: {' and '.join(run.augs)} to {' and '.join(augs)}", run.columns,
+        view_rows(augs, run.digits, run.through_maps(z, "D_B(E(x){})", head)))
         for augs, (key, head) in zip(model.transfers, model.heads.items())}
 
 
-def fig8_cvae(s):
+def fig8_cvae(run):
     """Fig. 8: the naive CVAE, its condition changed"""
-    model = s.model("cvae")
-    names, latents = s.names, latents_of_views(model, s.digits, s.labels, s.device)
+    model = run.model("cvae")
+    names, latents = run.names, latents_of_views(model, run.digits, run.labels, run.device)
     by_digit = model.arguments["condition"] == "digit"  # it knows of no views
     if by_digit:
-        z, names = latents[0][:, :model.latent_dim], s.columns
-        latents = [model.to_view(z, 0, torch.full((len(z),), label, device=s.device))
-                   for label in s.labels.tolist()]
+        z, names = latents[0][:, :model.latent_dim], run.columns
+        latents = [model.to_view(z, 0, torch.full((len(z),), label, device=run.device))
+                   for label in run.labels.tolist()]
     drawn = [(f"D(z, {name})", draw(model.decoder, z)) for name, z in zip(names, latents)]
-    return grid("Naive CVAE: the condition changed", s.columns, [("x", s.digits), *drawn]
-                if by_digit else view_rows(s.augs, s.digits, drawn))
+    return grid("Naive CVAE: the condition changed", run.columns, [("x", run.digits), *drawn]
+                if by_digit else view_rows(run.augs, run.digits, drawn))
 
 
-def fig9_paired_cvae(s):
+def fig9_paired_cvae(run):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
     drawn = [[(label, draw(model.decoder, z))
-              for z in latents_of_views(model, s.digits, s.labels, s.device)]
-             for label, model in (("CVAE", s.model("cvae-paired")), ("LAVAE", s.model()))]
-    return grid("CVAE trained like a LAVAE, and the LAVAE", s.columns,
-                view_rows(s.augs, s.digits, *drawn))
+              for z in latents_of_views(model, run.digits, run.labels, run.device)]
+             for label, model in (("CVAE", run.model("cvae-paired")), ("LAVAE", run.model()))]
+    return grid("CVAE trained like a LAVAE, and the LAVAE", run.columns,
+                view_rows(run.augs, run.digits, *drawn))
 
 
-def fig10_projections(s, n=200):
+def fig10_projections(run, n=200):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    n = min(n, 4000 // len(s.names))  # t-SNE compares each with each
-    images = all_views(s.data[2][:n], s.augs)
-    z = s.encode(images[0])
+    n = min(n, 4000 // len(run.names))  # t-SNE compares each with each
+    images = all_views(run.data[2][:n], run.augs)
+    z = run.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
-              "latents E(view)": np.concatenate([s.encode(v).cpu().numpy() for v in images]),
-              "mapped E(x) L": torch.cat(views(z, s.planar().maps)).cpu().numpy()}
+              "latents E(view)": np.concatenate([run.encode(v).cpu().numpy() for v in images]),
+              "mapped E(x) L": torch.cat(views(z, run.planar().maps)).cpu().numpy()}
     return chart(f"{n} test digits, all views", [[
         (f"{cloud}, {name}", [(view, part, "dots") for view, part in zip(
-            s.names, np.split(project(points), len(images)))])
+            run.names, np.split(project(points), len(images)))])
         for cloud, points in clouds.items()]
         for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne))], side=260)
 
 
-def sampling(s):
+def sampling(run):
     """new digits: z uniform in the bounding box of the training originals' latents; its views"""
-    z = s.encode(s.data[0][:10_000])
-    share = torch.from_numpy(np.random.default_rng(s.seed).random((10, z.shape[1]), np.float32))
+    z = run.encode(run.data[0][:10_000])
+    share = torch.from_numpy(np.random.default_rng(run.seed).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
     return grid("Sampled from the bounding box of the originals' latents", [""] * 10,
-                s.through_maps(low + share.to(z) * (high - low)))
+                run.through_maps(low + share.to(z) * (high - low)))
 
 
-def interpolation(s):
+def interpolation(run):
     """from one test digit to another in a straight line, and its views"""
-    z = s.encode(s.digits[[2 % len(s.digits), 7 % len(s.digits)]])
+    z = run.encode(run.digits[[2 % len(run.digits), 7 % len(run.digits)]])
     t = torch.linspace(0, 1, 10).to(z)[:, None]
     return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)",
-                [f"{v:.2f}" for v in t[:, 0].tolist()], s.through_maps((1 - t) * z[0] + t * z[1]))
+                [f"{v:.2f}" for v in t[:, 0].tolist()], run.through_maps((1 - t) * z[0] + t * z[1]))
 
 
 # ---------------------------------------------------------------- more figures
 
 
-def any_to_any(s):
+def any_to_any(run):
     """one digit from every view to every view"""
-    model, one = s.model(), len(s.digits) * 7 // 10  # of ten the 7: its views look all different
-    rows = []
-    for v, (name, view) in enumerate(zip(s.names, all_views(s.digits[one:one + 1], s.augs))):
-        drawn = s.through_maps(model.from_view(s.encode(view), v))[:-1]
+    one = len(run.digits) * 7 // 10  # of ten the 7: its views look all different
+    model, rows = run.model(), []
+    for v, (name, view) in enumerate(zip(run.names, all_views(run.digits[one:one + 1], run.augs))):
+        drawn = run.through_maps(model.from_view(run.encode(view), v))[:-1]
         rows.append((f"from {name}", [view[0], *(pictures[0] for _, pictures in drawn)]))
     return grid("Any view to any view: D(E(v) L_from^-1 L_to)",
-                ["v", *(f"to {name}" for name in s.names)], rows, 168 if len(rows) <= 4 else 72)
+                ["v", *(f"to {name}" for name in run.names)], rows, 168 if len(rows) <= 4 else 72)
 
 
-def table1(s):
+def table1(run):
     """the totals of Table I as bars"""
-    rows, paper = models_of(s.result), of_paper(PAPER_TABLE, s.dataset, "+".join(s.augs))
-    need(len(rows) > 1, "baselines: train them with `python train.py --baselines`")
+    rows, paper = models_of(run.result), of_paper(PAPER_TABLE, run.dataset, "+".join(run.augs))
+    require(len(rows) > 1, "baselines: train them with `python train.py --baselines`")
     return bar_chart("Table I: total of all views, nats an image", [
         (label_of(name, row), row["total"],
          sum(paper[name]) if name in paper and "told" not in row else None)
         for name, row in rows.items()])
 
 
-def group_elements(s):
+def group_elements(run):
     """every element of the group that turns and flips generate, most of them never shown"""
-    functions, found = [AUGMENTATIONS[aug] for aug in s.augs], elements(s.augs)
-    need(len(found) > len(s.names), "augmentations with more products than views, like rotate_cw")
-    model, z, rows = s.linear(), s.encode(s.digits), []
+    functions, found = [AUGMENTATIONS[aug] for aug in run.augs], elements(run.augs)
+    require(len(found) > len(run.names),
+            "augmentations with more products than views, like rotate_cw")
+    model, z, rows = run.linear(), run.encode(run.digits), []
     for name, exponents in found.items():
         letters = "".join(f" L{i}^{n}" if n > 1 else f" L{i}"
                           for i, n in enumerate(exponents, 1) if n)
-        new = "" if name in s.names else ", never shown"
-        rows += [None, (name + new, powers(s.digits, functions, exponents)),
+        new = "" if name in run.names else ", never shown"
+        rows += [None, (name + new, powers(run.digits, functions, exponents)),
                  (f"D(E(x){letters})", draw(model.decoder, powers(z, model.maps, exponents)))]
-    return grid(f"The group of {' and '.join(s.augs)}", s.columns, rows[1:], cell=56)
+    return grid(f"The group of {' and '.join(run.augs)}", run.columns, rows[1:], cell=56)
 
 
-def eigenvalues(s):
+def eigenvalues(run):
     """the eigenvalues of each map around the unit circle"""
-    turn, panels, found = np.linspace(0, 2 * math.pi, 200), [], group(s.linear())["eigenvalues"]
+    turn, panels, found = np.linspace(0, 2 * math.pi, 200), [], group(run.linear())["eigenvalues"]
     for name, values in found.items():
         near = {word: sum(abs(complex(*v) - at) < 0.1 for v in values)
                 for word, at in (("+1", 1), ("-1", -1), ("+i", 1j), ("-i", -1j))}
@@ -822,77 +872,77 @@ def eigenvalues(s):
     return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
 
 
-def partial_augmentation(s):
+def partial_augmentation(run):
     """half an augmentation: L^t beside the blend (1 - t) I + t L"""
     ts = np.linspace(0, 1, 9)
-    steps = [part_of(s, t) for t in ts]
-    return grid(f"Part of {s.augs[0]}", [f"t = {t:.2f}" for t in ts], spaced(
-        [(f"{s.columns[i]}: {label}", [drawn[label][i] for drawn in steps]) for label in steps[0]]
-        for i in range(2 % len(s.digits), len(s.digits), 2)))
+    steps = [part_of(run, t) for t in ts]
+    return grid(f"Part of {run.augs[0]}", [f"t = {t:.2f}" for t in ts], spaced(
+        [(f"{run.columns[i]}: {label}", [drawn[label][i] for drawn in steps]) for label in steps[0]]
+        for i in range(2 % len(run.digits), len(run.digits), 2)))
 
 
-def partial_moving(s):
+def partial_moving(run):
     """the same, moving (GIF)"""
-    there = [grid(f"Part of {s.augs[0]}, t = {t:.2f}", s.columns, [*part_of(s, t).items()], 56)
-             for t in np.linspace(0, 1, 13)]
+    there = [grid(f"Part of {run.augs[0]}, t = {t:.2f}", run.columns, [*part_of(run, t).items()],
+                  cell=56) for t in np.linspace(0, 1, 13)]
     return there + there[::-1]
 
 
-def part_of(s: Scene, t: float) -> dict[str, np.ndarray]:
+def part_of(run: Run, t: float) -> dict[str, np.ndarray]:
     """D(E(x) L^t) and D(E(x) ((1 - t) I + t L)) of the first map: {"L^t": pictures, ..}."""
-    z, L = s.encode(s.digits), s.linear().maps[0].L
+    z, L = run.encode(run.digits), run.linear().maps[0].L
     matrices = {"L^t": matrix_power(L, t),
                 "(1 - t) I + t L": (1 - t) * torch.eye(len(L)).to(L) + t * L}
-    return {label: draw(s.model().decoder, z @ M) for label, M in matrices.items()}
+    return {label: draw(run.model().decoder, z @ M) for label, M in matrices.items()}
 
 
-def reconstructions(s):
+def reconstructions(run):
     """reconstructions beside their inputs, of digits that no other figure shows"""
-    x = s.data[2][100:140]
-    drawn = draw(s.model().decoder, s.encode(x))
+    x = run.data[2][100:140]
+    drawn = draw(run.model().decoder, run.encode(x))
     return grid("Test images, and D(E(x)) beneath", [""] * 10, spaced(
         [("x", x[i:i + 10]), ("D(E(x))", drawn[i:i + 10])] for i in range(0, len(x), 10)))
 
 
-def prior_samples(s):
+def prior_samples(run):
     """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them"""
-    z = np.random.default_rng(s.seed).standard_normal((60, s.model().latent_dim), np.float32)
-    drawn = draw(s.model().decoder, torch.from_numpy(z).to(s.device))
+    z = np.random.default_rng(run.seed).standard_normal((60, run.model().latent_dim), np.float32)
+    drawn = draw(run.model().decoder, torch.from_numpy(z).to(run.device))
     return grid("Samples of the prior, z ~ N(0, I)", [""] * 10,
                 [("", drawn[i:i + 10]) for i in range(0, 60, 10)])
 
 
-def traversals(s):
+def traversals(run):
     """what each latent does: a row a dimension, from -3 to 3"""
-    z = s.encode(s.digits[2 % len(s.digits)][None])  # (1, latent_dim)
+    z = run.encode(run.digits[2 % len(run.digits)][None])  # (1, latent_dim)
     steps = torch.linspace(-3, 3, 9).to(z)
     chosen = torch.eye(z.shape[1], device=z.device).bool()  # a row for each latent
-    rows = [(f"z{i}", draw(s.model().decoder, torch.where(one, steps[:, None], z)))
+    rows = [(f"z{i}", draw(run.model().decoder, torch.where(one, steps[:, None], z)))
             for i, one in enumerate(chosen, 1)]
     return grid("One latent moved, the others kept", [f"{v:.2f}" for v in steps.tolist()], rows, 52)
 
 
-def latent_plane(s, n=15):
+def latent_plane(run, n=15):
     """the whole latent plane, decoded (--latent-dim 2 only)"""
-    need(s.model().latent_dim == 2, f"a run with --latent-dim 2, not {s.model().latent_dim}")
+    require(run.model().latent_dim == 2, f"a run with --latent-dim 2, not {run.model().latent_dim}")
     at = torch.linspace(-2.5, 2.5, n)
-    z = torch.cartesian_prod(at.flip(0), at).flip(1).to(s.device)  # rows: z2 from the top down
-    drawn = draw(s.model().decoder, z).reshape(n, n, 28, 28)
+    z = torch.cartesian_prod(at.flip(0), at).flip(1).to(run.device)  # rows: z2 from the top down
+    drawn = draw(run.model().decoder, z).reshape(n, n, 28, 28)
     heads = [f"{round(v, 1) + 0:.1f}" for v in at.tolist()]  # + 0: no minus before a zero
     return grid("D(z): z1 across, z2 upwards", heads, [*zip(heads[::-1], drawn)], cell=56)
 
 
-def training_curves(s):
+def training_curves(run):
     """the losses of each stage as it learns"""
     try:
-        history = json.loads((s.run / "metrics.json").read_text())["history"]
-        panels = [(f"{stage}, by epoch", [(key, curve_of(rows, key), "line")
-                                          for key in ("bce", "kl", "loss") if key in rows[0]])
+        history = json.loads((run.folder / "metrics.json").read_text())["history"]
+        panels = [(stage, [(key, curve_of(rows, key), "line")
+                           for key in ("bce", "kl", "loss") if key in rows[0]])
                   for stage, rows in history.items() if rows and "epoch" in rows[0]]
-        need(bool(panels), "an epoch")
+        require(bool(panels), "an epoch")
     except (AttributeError, OSError, ValueError, LookupError, TypeError) as error:
-        raise Lacking("needs the metrics.json that train.py wrote") from error
-    return chart("Training, nats an image", [panels], scales=True)
+        raise NotAvailable("needs the metrics.json that train.py wrote") from error
+    return chart("Training", [panels], axes=("epoch", "nats an image"))
 
 
 def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
@@ -901,25 +951,25 @@ def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
             if point[0] > 0.1]
 
 
-def training_moving(s):
+def training_moving(run):
     """stage 1 as it learnt (GIF; needs a run with --record)"""
-    s.planar()
+    run.planar()
     try:
-        frames = lavae.read(s.run / "recording.pt")
-        latents, drawn, steps = (frames[key] for key in ("latents", "drawn", "steps"))
-        n = len(s.names)
+        frames = lavae.read(run.folder / "recording.pt")
+        latents, drawn = (torch.stack(frames[key]) for key in ("latents", "drawn"))
+        n = len(run.names)
         plane = pca(latents.flatten(0, 2).numpy()).reshape(len(latents), n, -1, 2)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise Lacking("needs a run with --record") from error
+        raise NotAvailable("needs a run with --record") from error
     return [table([[
-        grid(f"Stage 1, step {step}", [""] * drawn.shape[2], [*zip(s.names, pictures.numpy())],
-             max(8, 440 // n - 6)),
-        chart("Latents, PCA", [[("", [*zip(s.names, points, ["dots"] * n)])]], 360)]])
-        for step, pictures, points in zip(steps, drawn, plane)]
+        grid(f"Stage 1, {t:.0%} of the steps", [""] * drawn.shape[2],
+             [*zip(run.names, pictures.numpy())], max(8, 440 // n - 6)),
+        chart("Latents, PCA", [[("", [*zip(run.names, points, ["dots"] * n)])]], 360)]])
+        for t, pictures, points in zip(frames["t"], drawn, plane)]
 
 
-# By name; --list prints their docstrings. Each takes a Scene and returns a page, a list of pages (a
-# GIF), or pages by name; it raises Lacking where the run lacks what it needs.
+# By name; --list prints their docstrings. Each takes a Run and returns a page, a list of pages (a
+# GIF), or pages by name; it raises NotAvailable where the run lacks what it needs.
 FIGURES: dict[str, Callable] = {f.__name__: f for f in (
     fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae,
     fig10_projections, sampling, interpolation, any_to_any, table1, group_elements, eigenvalues,
@@ -940,27 +990,27 @@ def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
     return path
 
 
-def draw_figures(scene: Scene, figures: dict[str, Callable]) -> list[str]:
+def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     """Draw and save figures, a line for each as it comes; returns why some cannot be drawn."""
     missing = []
     for name, f in figures.items():
         start = time.perf_counter()
         try:
-            pages = f(scene)
+            pages = f(run)
             for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-                path = save(page, scene.run / part)
+                path = save(page, run.folder / part)
                 print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
-        except Lacking as error:
+        except NotAvailable as error:
             missing.append(f"{name} {error}")
     return missing
 
 
-def own_images(scene: Scene, paths: Sequence[Path]) -> dict[str, Image.Image]:
+def own_images(run: Run, paths: Sequence[Path]) -> dict[str, Image.Image]:
     """Pictures of one's own, a row each: as MNIST would have it, its views, and what the maps draw
     from it in their place. A figure like the others. Raises ValueError: one cannot be read."""
     x = np.stack([like_mnist(path) for path in paths])
-    drawn = scene.through_maps(scene.encode(x), "D(E(x){})")
-    columns = [row for row in view_rows(scene.augs, x, drawn) if row]
+    drawn = run.through_maps(run.encode(x), "D(E(x){})")
+    columns = [row for row in view_rows(run.augs, x, drawn) if row]
     rows = [(path.stem if len(path.stem) < 20 else f"{path.stem[:18]}..",
              [pictures[i] for _, pictures in columns]) for i, path in enumerate(paths)]
     page = grid("x as MNIST would have it, its views, and what the maps draw from x alone",
@@ -989,6 +1039,7 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the runs that the command line names."""
     parser = parser_of()
@@ -1001,141 +1052,99 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--heatmap draws all figures: leave --only and --image out")
     if options.seed < 0:
         parser.error(f"argument --seed: expected a whole number, 0 or more, not {options.seed}")
-    run, chosen = None, {name: FIGURES[name] for name in options.only or ()}
+    chosen = {name: FIGURES[name] for name in options.only or ()}
     if options.image:
         chosen["--image"] = partial(own_images, paths=options.image)
+    folder, missing = None, []
     try:
-        scenes, missing = scenes_of(options), []
-        for scene in scenes:
-            run = scene.run
+        runs = runs_of(options)
+        for run in runs:
+            folder = run.folder
             if chosen:
-                missing += [f"{run}: {why}" for why in draw_figures(scene, chosen)]
+                missing += [f"{folder}: {why}" for why in draw_figures(run, chosen)]
             else:
-                evaluate_all(scene)
-        groups = [] if chosen else repeats(scenes)
-        for group in groups:
-            report_seeds(group)
-        for dataset in dict.fromkeys(scene.dataset for scene in scenes) if options.heatmap else ():
-            save_heatmap(dataset, [group for group in groups if group[0].dataset == dataset])
-    except BrokenPipeError:  # who reads the table has seen enough
-        return
+                evaluate(run)
+        if options.heatmap:
+            folder = folder.parent
+            save_heatmap(runs)
+        elif len(runs) > 1 and not chosen:
+            report_seeds(runs)
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped\n")
     except ValueError as error:
-        parser.error(f"{run}: {error}" if run else str(error))
+        parser.error(f"{folder}: {error}" if folder else str(error))
     except OSError as error:
-        parser.error(f"cannot write to {error.filename or run} ({error.strerror or error}): make "
-                     "room, or copy the run to where you may write" if run else str(error))
+        parser.error(str(error) if error.errno is None else
+                     f"{lavae.why_not_written(error.filename or folder, error)}, or copy the run "
+                     "to where you may write")
     except (MemoryError, RuntimeError) as error:
         if not lavae.is_out_of_memory(error):
             raise
-        parser.error(f"{run}: the memory is full: close other programs, or evaluate on another "
+        parser.error(f"{folder}: the memory is full: close other programs, or evaluate on another "
                      "--device")
     if missing:
         parser.error("; ".join(missing))
 
 
-def scenes_of(options: argparse.Namespace) -> list[Scene]:
+def runs_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line names, loaded. Raises OSError, ValueError: one is none."""
-    runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
+    folders = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
     if options.heatmap:
-        folders = options.runs or [Path("runs/heatmap")]
-        runs = [folder / pair for folder in folders for pair in PAPER_TOTALS
-                if (folder / pair / "model.pt").is_file()]
-        if not runs:
-            raise FileNotFoundError(f"there is no heat-map in {folders[0]}: train one with "
-                                    "`python train.py --heatmap`")
-    if not runs:
-        raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
-    runs = [run.parent if run.is_file() else run for run in runs]
-    for run in runs:
-        if not (run / "model.pt").is_file() and any(run.glob("*/model.pt")):
-            raise FileNotFoundError(f"{run} only holds runs: name those, or add --heatmap")
-    device = lavae.trusted(options.device, partial(some_pictures, runs[0]))
-    read_images, scenes = cache(load_images), []
-    for run in runs:
-        models = load_family(run, device)
+        folders = [path.parent for folder in options.runs or [Path("runs/heatmap")]
+                   for pair in PAPER_TOTALS for path in folder.glob(f"{pair}/model.pt")]
+    if not folders:
+        raise FileNotFoundError("there is no " + (
+            "heat-map: train one with `python train.py --heatmap`" if options.heatmap else
+            "run under runs/: train one with `python train.py`"))
+    device, runs = lavae.verified_device(options.device, AdaBelief), []
+    data_of = cache(partial(load_images, data_dir=options.data_dir))
+    for folder in folders:
+        folder = folder.parent if folder.is_file() else folder
+        models = models_in(folder, device)
         dataset = next(iter(models.values())).settings["dataset"]
-        if options.heatmap and not ("lavae" in models and run.name == "+".join(
-                models["lavae"].augs) and all(s.dataset == dataset for s in scenes
-                                              if s.run.parent == run.parent)):
-            raise ValueError(f"{run} is no part of the heat-map there: it should be a LAVAE of the "
-                             "augmentations that name its folder, on the data set of the others")
-        data = read_images(dataset, options.data_dir)
+        data = data_of(dataset)
         labels = np.unique(options.digits or data[3])
-        scenes.append(Scene(run, models, dataset, data, one_of_each(*data[2:])[labels], labels,
-                            device, options.seed))
-    return scenes
+        runs.append(Run(folder, models, dataset, data, one_of_each(*data[2:])[labels], labels,
+                        device, options.seed))
+    return runs
 
 
-def evaluate_all(scene: Scene) -> None:
+def evaluate(run: Run) -> None:
     """Print the tables of a run, and write evaluation.json and the figures that it can have."""
-    print(f"\n{scene.run}: {' and '.join(scene.augs)}, {scene.dataset}, "
-          f"{len(scene.data[2]):,} test images")
-    report(scene.dataset, scene.augs, scene.result)
-    (scene.run / "evaluation.json").write_text(json.dumps(scene.result, indent=1))
+    print(f"\n{run.folder}: {' and '.join(run.augs)}, {run.dataset}, "
+          f"{len(run.data[2]):,} test images")
+    report(run.dataset, run.augs, run.result)
+    (run.folder / "evaluation.json").write_text(json.dumps(run.result, indent=1))
     print()
-    draw_figures(scene, FIGURES)
+    draw_figures(run, FIGURES)
 
 
-def some_pictures(run: Path, device: torch.device) -> list[Tensor]:
-    """What the model of a run sees in noise and draws of it, as the device computes it."""
-    model = lavae.load(run, device)
-    x = np.random.default_rng(0).integers(0, 256, (100, 28, 28), np.uint8)
-    latents = latents_of_views(model, x, np.arange(100) % 10, device)
-    decoders = [model.decoder, *(model.heads["+".join(names)] for names in model.transfers)]
-    return [*latents, *(decoder(z) for decoder in decoders for z in latents)]
-
-
-def load_family(run: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
+def models_in(folder: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
     """The model of a run folder and its baselines in folders inside, by the name of --model.
 
-    A baseline differs from the run in its model, and in what other models do not have; what else
-    is there is left out, and a line says so. Raises OSError, ValueError: a model.pt that is none.
+    A baseline of other augmentations, data or seed is left out, and a line says so. Raises OSError,
+    ValueError: a model.pt that is none.
     """
-    found = {}
-    for path in (run, *sorted(path.parent for path in run.glob("*/model.pt"))):
+    first, found = None, {}
+    if not (folder / "model.pt").is_file() and any(folder.glob("*/model.pt")):
+        raise FileNotFoundError(f"{folder} only holds runs: name those, or add --heatmap")
+    for path in (folder, *sorted(path.parent for path in folder.glob("*/model.pt"))):
         model = lavae.load(path, device)
-        name, dataset = (model.settings.get(key) for key in ("model", "dataset"))
+        name, dataset = (str(model.settings.get(key)) for key in ("model", "dataset"))
         augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
-        # lists and texts, because a strange file may hold what has no hash
-        if not (name in [*LABELS] and name.startswith("cvae") == isinstance(model, CVAE)
-                and dataset in [*DATASETS] and {*map(str, augs)} <= {*AUGMENTATIONS}):
+        if not (name in LABELS and name.startswith("cvae") == isinstance(model, CVAE)
+                and dataset in DATASETS and {*map(str, augs)} <= {*AUGMENTATIONS}):
             raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
                              f"augmentations {' '.join(map(str, augs))}): make one with train.py")
-        if found:
-            own = ["involution_weight", "paper_involution"] if name.startswith("cvae") else []
-            others = differing(next(iter(found.values())).settings, model.settings, "model",
-                               "transfer", "latent_map", "joint", "condition", "map_weight",
-                               "device", *own)
-            if others or name in found or name == "lavae":
-                print(f"{path} is no baseline of {run}, and left out: " + (
-                    f"it differs in {', '.join(others)}" if others else f"it is another {name}"))
-                continue
-        found[name] = model
+        first = first or model
+        differ = [key for key in ("augs", "dataset", "seed", "filters", "latent_dim", "epochs")
+                  if model.settings[key] != first.settings[key]]
+        if differ or name in found or (found and name == "lavae"):
+            print(f"{path} is no baseline of {folder}, and left out: " + (
+                f"it differs in {', '.join(differ)}" if differ else f"it is another {name}"))
+        else:
+            found[name] = model
     return {name: found[name] for name in LABELS if name in found}
-
-
-def differing(a: dict, b: dict, *free: str) -> list[str]:
-    """The settings in which two runs differ, but for those that are free to."""
-    return [key for key in {**a, **b} if key not in free and a.get(key) != b.get(key)]
-
-
-def repeats(runs: Sequence[Scene]) -> list[list[Scene]]:
-    """The runs in groups that differ in nothing but the seed. Prints which of them have the same
-    model and augmentations as others, and are no repeats all the same."""
-    groups = []
-    for one in runs:
-        apart = [differing(group[0].settings, one.settings, "seed", "device") for group in groups]
-        if [] in apart:
-            groups[apart.index([])].append(one)
-            continue
-        for (first, *_), others in zip(groups, apart):
-            if not {"dataset", "model", "augs"} & {*others}:
-                print(f"{one.run} is no repeat of {first.run}: it differs in {', '.join(others)}")
-                break
-        groups.append([one])
-    return groups
 
 
 if __name__ == "__main__":

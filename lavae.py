@@ -12,13 +12,13 @@ the baseline, checkpoints and devices.
     flipped = model.decoder(model.maps[0](mu)).sigmoid()   # A_1 x, drawn from z L_1
 """
 
-import ctypes
+import errno
 import hashlib
 import io
 import math
 import os
 import pickle
-import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, reduce
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------- encoder and decoder (appendix C)
 
 
-def pixels(images: Tensor) -> Tensor:
-    """uint8 images to floats in [0, 1], same shape, on the same device."""
-    return images.float().div_(255)
+def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images to numbers in [0, 1], same shape, on the same device."""
+    return images.to(dtype).div_(255)
 
 
 class Encoder(nn.Module):
@@ -48,6 +48,11 @@ class Encoder(nn.Module):
         self.conv1 = nn.Conv2d(1, filters, kernel_size=4, stride=2, padding=1)
         self.conv2 = nn.Conv2d(filters, 2 * filters, kernel_size=4, stride=2, padding=1)
         self.linear = nn.Linear(2 * filters * 7 * 7 + condition_dim, 2 * latent_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of images and latents."""
+        return self.linear.weight.dtype
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 28, 28) in [0, 1] to mu and logvar, (B, latent_dim) each."""
@@ -102,10 +107,10 @@ class Decoder(nn.Module):
 def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """z = mu + exp(logvar / 2) * eps with eps ~ N(0, I): the reparameterisation trick.
 
-    eps is drawn where the generator lives, which decides the numbers.
+    eps is drawn in float32 where the generator lives, which decides the numbers.
     """
     drawn_on = (generator or mu).device
-    eps = torch.randn(mu.shape, generator=generator, device=drawn_on).to(mu.device)
+    eps = torch.randn(mu.shape, generator=generator, device=drawn_on, dtype=torch.float32).to(mu)
     return mu + torch.exp(logvar / 2) * eps
 
 
@@ -130,54 +135,14 @@ class LatentMap(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z L^-1, (B, latent_dim) to the same."""
-        return z @ torch.linalg.inv(self.L.cpu().double()).float().to(z.device)
+        return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L.dtype).to(self.L.device)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
         """The function `order_error` of L. `z` is not needed."""
         return order_error(self.L, order)
 
 
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "misfit": 150.0}  # of stage 1's terms, see `train.weights_at`
-
-
-class VAE(nn.Module):
-    """What LAVAE and CVAE share: stage 1's loss. They add encoder, decoder and `shown`, the numbers
-    of the views that stage 1 sees."""
-
-    joint, orders = None, []  # of a LAVAE's maps, see `learn_jointly` and `order_error`
-
-    def losses(self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None,
-               weights: dict[str, float] = WEIGHTS, prior: str = "kl") -> dict[str, Tensor]:
-        """What stage 1 minimises: Eq. 5, and a LAVAE's pinch of Eq. 6 so that there are maps to
-        find.
-
-        x: the views `shown`, (V, B, 28, 28). weights: of the terms, by name. Returns "loss", their
-        weighted sum, and the terms: "bce" and "kl" in nats an image ("kl" even where it is another
-        prior's, "mmd"), and "misfit".
-        """
-        logits, mu, logvar = self(x, noise, labels)
-        terms = {"bce": bce(logits, x.flatten(0, 1)),
-                 "kl": kl(mu, logvar) if prior == "kl" else mmd(mu, logvar, noise)}
-        if self.has_misfit(weights):
-            terms["misfit"] = self.misfit(mu.unflatten(0, x.shape[:2]))
-        return {"loss": sum(weights[key] * term for key, term in terms.items()), **terms}
-
-    def has_misfit(self, weights: dict[str, float]) -> bool:
-        """Whether stage 1 asks for maps: not where there are none, or it sees one view alone."""
-        return weights.get("misfit", 0) > 0 and bool(self.orders) and len(self.shown) > 1
-
-    def least_images(self, weights: dict[str, float]) -> int:
-        """How many images a batch of stage 1 needs: a matrix fits as many as there are latents,
-        whatever they are, so twice as many."""
-        return 2 * self.latent_dim if self.has_misfit(weights) else 1
-
-    def stage1_parameters(self) -> list[Tensor]:
-        """What learns in stage 1."""
-        return [*self.encoder.parameters(), *self.decoder.parameters(),
-                *(self.maps.parameters() if self.joint == "identity" else [])]
-
-
-class LAVAE(VAE):
+class LAVAE(nn.Module):
     """Encoder, decoder, a map for every augmentation, and a decoder head for every transfer.
 
     Args:
@@ -200,8 +165,10 @@ class LAVAE(VAE):
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
                               filters=filters, latent_map=latent_map, originals_only=originals_only)
         self.latent_dim = latent_dim
-        self.orders: list[int | None] = [None] * len(self.augs)  # set by `train.build`
-        self.shown = [0] if originals_only else list(range(2 ** len(self.augs)))  # in stage 1
+        self.stage1_views = [0] if originals_only else list(range(2 ** len(self.augs)))
+        # What stage 1 asks of the latents, see `equivariance_loss`; set by `train.build`:
+        self.orders: list[int | None] = [None] * len(self.augs)
+        self.least_squares, self.joint, self.involution_weight = False, None, 1.0
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters)
         self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
@@ -211,18 +178,24 @@ class LAVAE(VAE):
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        """The `stage1_views`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
         mu, logvar = self.encoder(x.flatten(0, 1))
         return self.decoder(sample(mu, logvar, noise)), mu, logvar
 
-    def misfit(self, z: Tensor) -> Tensor:
-        """How far a batch is from having maps that keep lengths and come back, `turn_misfit`."""
-        return turn_misfit(z, self.orders)
+    def equivariance_loss(self, z: Tensor) -> Tensor:
+        """Of a batch's latents under all views, (2^K, B, d): the function `equivariance_loss`, or
+        the one with least-squares maps, or with `joint` the model's own maps and Eq. 6."""
+        if self.joint:
+            return maps_loss(self.maps, self.orders, self.involution_weight, *singles(z))
+        if self.least_squares:
+            return least_squares_equivariance_loss(*singles(z))
+        return equivariance_loss(z, self.orders)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (N, 28, 28) to posterior means (N, latent_dim): the z of stages 2 and 3."""
-        return torch.cat([self.encoder(pixels(block))[0] for block in images.split(BLOCK)])
+        return torch.cat([self.encoder(pixels(block, self.encoder.dtype))[0]
+                          for block in images.split(BLOCK)])
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
         """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
@@ -262,39 +235,15 @@ class LAVAE(VAE):
         return self.maps[self.augs.index(name)]
 
 
-def matrix_power(L: Tensor, t: float) -> Tensor:
-    """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
-
-    A plane that L turns by an angle is turned by t times the angle; directions that L reverses have
-    no real power of their own, and turn by pi t two by two, in an orthonormal basis, so that they
-    keep their length. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and
-    no real matrix's square would be.
-    """
-    M = L.cpu().double()
-    values, vectors = torch.linalg.eig(M)
-    back = torch.linalg.inv(vectors)
-    reverses = values.angle().abs() > 0.75 * math.pi
-    power = (vectors * torch.where(reverses, 0, values ** t) @ back).real
-    if n := int(reverses.sum()):
-        P = (vectors * reverses @ back).real  # projects to the n reversed directions
-        U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
-        values, vectors = torch.linalg.eig(-U.T @ M @ U)
-        c, s = math.cos(math.pi * t), math.sin(math.pi * t)
-        turns = [torch.tensor([[c, -s], [s, c]])] * (n // 2)
-        turns += [torch.tensor([[1 - 2 * t]])] * (n % 2)
-        rest = (vectors * values ** t @ torch.linalg.inv(vectors)).real
-        power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
-    return power.to(L.dtype).to(L.device)
-
-
+WEIGHTS = {"bce": 1.0, "kl": 1.0, "equivariance": 150.0}  # in stage 1, see `train.weights_at`
 BLOCK = 250  # images at a time: few enough for the processor's caches
 HEAD_WIDTH = 16  # units a filter, of the two layers between z and the paper's first layer of a head
 
 # ---------------------------------------------------------------- the losses of the three stages
 #
-#   stage 1    bce + kl + turn_misfit      a batch, with maps Q that are made for it and thrown away
-#   stage 2    map_error + order_error     all data, by their moments, with the model's own maps L
-#   stage 3    bce
+#   stage 1   bce + kl + equivariance_loss   a batch, with maps Q made for it and thrown away
+#   stage 2   map_error + order_error        all data, by their moments, with the model's maps L
+#   stage 3   bce
 
 
 def bce(logits: Tensor, x: Tensor) -> Tensor:
@@ -315,7 +264,7 @@ def singles(views: Sequence) -> list:
     return [view for i, view in enumerate(views) if i.bit_count() <= 1]
 
 
-def turn_misfit(z: Tensor, orders: Sequence[int | None]) -> Tensor:
+def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     """How far a batch is from having maps: mean over images and latents of (before Q_i - after)^2,
     Eq. 6, summed over i. Q_i is the best map for this batch of those that keep lengths and, where
     A_i has an order, come back, see `procrustes`. It is made anew for each batch, and thrown away.
@@ -367,8 +316,8 @@ def polar_step(X: Tensor) -> Tensor:
     return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
 
 
-def free_misfit(z: Tensor, *augmented: Tensor) -> Tensor:
-    """`turn_misfit` for --paper-involution: with any matrices L_i, of least squares, and of
+def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
+    """`equivariance_loss` for --paper-involution: with any matrices L_i, of least squares, and of
     originals alone: z = E(x), and E(A_1 x) to E(A_K x), (B, d) each. A latent may shrink there, and
     never come back. (The error could fall by making all latents short, but the KL keeps them long.)
     """
@@ -414,6 +363,34 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
     return (unit - torch.linalg.matrix_power(L, order)).square().sum((-2, -1))
 
 
+# ---------------------------------------------------------------- half an augmentation
+
+
+def matrix_power(L: Tensor, t: float) -> Tensor:
+    """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
+
+    A plane that L turns by an angle is turned by t times the angle; directions that L reverses have
+    no real power of their own, and turn by pi t two by two, in an orthonormal basis, so that they
+    keep their length. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and
+    no real matrix's square would be.
+    """
+    M = L.cpu().double()
+    values, vectors = torch.linalg.eig(M)
+    back = torch.linalg.inv(vectors)
+    reverses = values.angle().abs() > 0.75 * math.pi
+    power = (vectors * torch.where(reverses, 0, values ** t) @ back).real
+    if n := int(reverses.sum()):
+        P = (vectors * reverses @ back).real  # projects to the n reversed directions
+        U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
+        values, vectors = torch.linalg.eig(-U.T @ M @ U)
+        c, s = math.cos(math.pi * t), math.sin(math.pi * t)
+        turns = [torch.tensor([[c, -s], [s, c]])] * (n // 2)
+        turns += [torch.tensor([[1 - 2 * t]])] * (n % 2)
+        rest = (vectors * values ** t @ torch.linalg.inv(vectors)).real
+        power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
+    return power.to(L.dtype).to(L.device)
+
+
 # ---------------------------------------------------------------- ablations: each changes one thing
 
 
@@ -444,8 +421,7 @@ def learn_jointly(model: LAVAE, start: str, involution_weight: float = 1.0) -> N
     """Stages 1 and 2 in one: Eq. 6 with the model's own maps, of originals alone, takes the place
     of stage 1's misfit. The maps start at I and learn along ("identity"), or stay diagonals of +1
     and -1, each pattern of signs equally often ("signs")."""
-    model.joint = start
-    model.misfit = lambda z: maps_loss(model.maps, model.orders, involution_weight, *singles(z))
+    model.joint, model.involution_weight = start, involution_weight
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
             signs = 1.0 - 2.0 * (torch.arange(model.latent_dim) >> i & 1)
@@ -476,7 +452,7 @@ def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) ->
 # ---------------------------------------------------------------- the baseline
 
 
-class CVAE(VAE):
+class CVAE(nn.Module):
     """The paper's baseline: encoder and decoder are told a condition, the latents carry the rest.
 
     condition: what they are told, as numbers beside the features and beside z:
@@ -495,7 +471,7 @@ class CVAE(VAE):
                               filters=filters)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
-        self.shown = singles(range(n)) if self.paired else list(range(n))
+        self.stage1_views = singles(range(n)) if self.paired else list(range(n))
         codes = {"paired": torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1,
                  "digit": torch.zeros(n, 0), "view": torch.eye(n), "both": torch.eye(n)}[condition]
         self.register_buffer("codes", codes.float())  # what is said of each view
@@ -507,14 +483,14 @@ class CVAE(VAE):
         """What is said of n images under each view, (V n, width); labels (n,) for the digits."""
         codes = self.codes[views].repeat_interleave(n, dim=0)
         if self.by_digit:
-            codes = torch.cat([codes, F.one_hot(labels, 10).float().repeat(len(views), 1)], 1)
+            codes = torch.cat([codes, F.one_hot(labels, 10).to(codes).repeat(len(views), 1)], 1)
         return codes
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The views `shown`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        """The `stage1_views`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
         source, n = x[:1] if self.paired else x, x.shape[1]
-        condition = self.conditions(self.shown, n, labels)
+        condition = self.conditions(self.stage1_views, n, labels)
         mu, logvar = self.encoder(source.flatten(0, 1), condition[:len(source) * n])
         each = len(x) // len(source)  # times that an image is decoded
         z = sample(mu.repeat(each, 1), logvar.repeat(each, 1), noise)
@@ -524,7 +500,7 @@ class CVAE(VAE):
     def encode(self, images: Tensor, view: int = 0, labels: Tensor | None = None) -> Tensor:
         """uint8 images (N, 28, 28), all of one view, to posterior means (N, latent_dim)."""
         condition = self.conditions([view], len(images), labels)
-        return torch.cat([self.encoder(pixels(block), c)[0]
+        return torch.cat([self.encoder(pixels(block, self.encoder.dtype), c)[0]
                           for block, c in zip(images.split(BLOCK), condition.split(BLOCK))])
 
     def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
@@ -534,7 +510,8 @@ class CVAE(VAE):
 
 # ---------------------------------------------------------------- checkpoints and devices
 
-CHECKPOINT = "LAVAE checkpoint, version 2"
+VERSION = 3  # of the files that `write` makes
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of one's share of it
 
 
 def write(content: dict, path: str | Path) -> None:
@@ -542,38 +519,58 @@ def write(content: dict, path: str | Path) -> None:
 
     The old file stays good until the new one is whole. Raises OSError: no room, or not allowed.
     """
-    path, part, buffer = Path(path), Path(f"{path}.part"), io.BytesIO()
-    torch.save(content, buffer)
+    path, part = Path(path), Path(f"{path}.part")
+    torch.save({"version": VERSION, **content}, buffer := io.BytesIO())
     try:
         with open(part, "wb") as file:
             file.writelines([buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()])
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:  # not every file system has it
+                if error.errno in FULL:
+                    raise
+        for wait in (0.1, 0.3, 1, 0):  # on Windows a virus scanner may hold a file for a moment
+            try:
+                os.replace(part, path)
+                break
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(wait)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}): make room, then go on with "
-                      "--resume") from error
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(f"{why_not_written(path, error)}; --resume goes on") from error
+
+
+def why_not_written(path: str | Path, error: OSError) -> str:
+    """Why `path` was not written, in the system's words, and what helps where the disk is full."""
+    cure = ": make room" if error.errno in FULL else ""
+    return f"cannot write {path} ({error.strerror or error}){cure}"
 
 
 def read(path: str | Path) -> dict:
     """What `write` wrote. Only tensors and plain data are read: no code in the file can run.
 
-    Raises ValueError: the file is damaged, or something else.
+    Raises ValueError: the file is damaged, something else, or of another version.
     """
-    data = Path(path).read_bytes()
+    data, cure = Path(path).read_bytes(), "train again, with --overwrite or to another --out"
     try:
         if hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise ValueError("the content is not what was written")
-        return dict(torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True))
+        content = dict(torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True))
     except (EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or no file of train.py") from error
+        raise ValueError(f"{path} is damaged, or no file of train.py: {cure}") from error
+    if content.pop("version", None) != VERSION:
+        raise ValueError(f"{path} was made by another version of this program: {cure}")
+    return content
 
 
 def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
     """Write the model and the plain-data settings that it was trained with. Raises OSError."""
-    write({"kind": CHECKPOINT, "class": type(model).__name__, "arguments": model.arguments,
-           "settings": settings, "tensors": model.state_dict()}, path)
+    write({"class": type(model).__name__, "arguments": model.arguments, "settings": settings,
+           "tensors": model.state_dict()}, path)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
@@ -586,12 +583,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: train a model with `python train.py`")
+    checkpoint = read(path)
     try:
-        checkpoint = read(path)
-        if checkpoint["kind"] != CHECKPOINT:
-            raise ValueError(checkpoint["kind"])
         tensors, arguments = checkpoint["tensors"], checkpoint["arguments"]
-        if len(arguments["augs"]) > 11 or not all(t.isfinite().all() for t in tensors.values()):
+        if len(arguments["augs"]) > 5 or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("too many views, or a weight that is no number")
         kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
         with torch.device("meta"):  # weights are neither drawn nor written before the file's fit
@@ -599,12 +594,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         model.load_state_dict(tensors)
         model.settings = dict(checkpoint["settings"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no LAVAE checkpoint of this version: make one "
-                         "with train.py") from error
-    return tune(model.requires_grad_(False).eval().to(device))
+        raise ValueError(f"{path} holds no LAVAE or CVAE: train one with train.py") from error
+    return channels_last(model.requires_grad_(False).eval().to(device))
 
 
-def tune(model: LAVAE | CVAE) -> LAVAE | CVAE:
+def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
     """The model, and on a CPU one and a half times as fast, with the same numbers."""
     if next(model.parameters()).device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
@@ -623,26 +617,26 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(names[1] if name == "auto" else name)
 
 
-def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> torch.device:
+def verified_device(name: str, optimizer: type[torch.optim.Optimizer]) -> torch.device:
     """The device called `name`, see `pick_device`, where it computes what the CPU does.
 
-    compute: gives a device's tensors, which may be 1% of their length away from the CPU's. (Any two
-    devices add in another order; some have been 10% and more away, and said nothing.) If they are
-    further away, or cannot be computed, "auto" is the CPU. Raises ValueError: any other name.
+    It runs the `self_test`, and may be 1% of a tensor's length away from the CPU. (Any two devices
+    add in another order; some have been 10% and more away, and said nothing.) If it is further
+    away, or cannot do it, "auto" is the CPU. Raises ValueError: any other name.
     """
     device = pick_device(name)
     if device.type == "cpu":
         return device
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as exact as it can
-            pairs = list(zip(compute(torch.device("cpu")), compute(device), strict=True))
-        far = max((torch.dist(a, b.cpu()) / a.norm().clamp(min=1e-30)).nan_to_num(math.inf).item()
-                  for a, b in pairs)
-        if far < 0.01:
-            print(f"{device.type} computes what the CPU does, within {far:.0e}")
+            pairs = zip(self_test(torch.device("cpu"), optimizer), self_test(device, optimizer))
+            error = max((torch.dist(a, b.cpu()) / a.norm().clamp(min=1e-30)).nan_to_num(math.inf)
+                        .item() for a, b in pairs)
+        if error < 0.01:
+            print(f"{device.type} computes what the CPU does, within {error:.0e}")
             return device
-        why = f"computes something else than the CPU here, {far:.0%} away"
-    except RuntimeError as error:  # an operation that it lacks, no memory
+        why = f"computes something else than the CPU here, {error:.0%} away"
+    except (RuntimeError, TypeError) as error:  # an operation or a type that it lacks, no memory
         why = f"cannot do what is needed ({str(error).splitlines()[0]})"
     if name != "auto":
         raise ValueError(f"{device.type} {why}: choose --device cpu, or try a newer torch")
@@ -650,22 +644,27 @@ def trusted(name: str, compute: Callable[[torch.device], Sequence[Tensor]]) -> t
     return torch.device("cpu")
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that a device has left, if its system says so; else all that it has, or infinity."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # torch >= 2.6
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if sys.platform == "win32":  # a MEMORYSTATUSEX: 64 bytes, its own length first
-        status = (ctypes.c_uint64 * 8)(64)
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
-        return status[2]
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    with suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+def self_test(device: torch.device, optimizer: type[torch.optim.Optimizer]) -> list[Tensor]:
+    """The losses, gradients and weights after a step of a small LAVAE with a head, on a device.
+
+    The same weights, images and noise for every device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = LAVAE(["rotate_cw", "flip_lr"], [["shear_x", "canny"]], 8, 4), torch.rand(
+            4, 32, 28, 28)
+    model, x, noise = model.to(device), x.to(device), torch.Generator().manual_seed(0)
+    model.orders = [4, 2]
+    logits, mu, logvar = model(x, noise)
+    z = mu.unflatten(0, x.shape[:2])
+    head_logits = model.heads["shear_x+canny"](model.to_view(z[0], 3))
+    losses = [bce(logits, x.flatten(0, 1)), kl(mu, logvar), mmd(mu, logvar, noise),
+              model.equivariance_loss(z), bce(head_logits, x[3])]
+    sum(losses).backward()
+    optimizer(model.parameters(), lr=1e-3).step()
+    parameters = [*model.parameters()]
+    return [*(t.detach() for t in losses), *(p.grad for p in parameters),
+            *(p.detach() for p in parameters)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
