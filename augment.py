@@ -12,10 +12,12 @@ function of the image: that is what lets a linear map of the latent space learn 
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -469,7 +471,8 @@ def _boxed(ink):
     return np.pad(box, [(a, 28 - n - a) for a, n in zip(at, size)])
 
 
-def _grey(picture, path):  # floats from 0 to 255; what is transparent is black or white, as is clearer
+def _grey(picture, path):
+    """Floats from 0 to 255; what is transparent is black or white, as is clearer."""
     if picture.mode.startswith(("I", "F")):  # 16 bits and more
         grey = np.asarray(picture, np.float64)
         if not np.isfinite(grey).all():
@@ -550,6 +553,19 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 
 
+def save(page: Image.Image | list[Image.Image], path: Path) -> None:
+    """Write a page, or pages as a moving picture. Raises OSError, ValueError: they name it."""
+    first, *more = page if isinstance(page, list) else [page]
+    try:
+        first.save(path, **dict(save_all=True, append_images=more, duration=120, loop=0)
+                   if more else {})
+    except OSError as error:
+        error.filename = path
+        raise
+    except ValueError as error:
+        raise ValueError(f"cannot write {path} ({error}): choose another --out") from error
+
+
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The second image of each class, in order (the first 5 of MNIST's test set reads as an S)."""
     return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
@@ -595,6 +611,30 @@ def tolerant_output() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterator[None]:
+    """What goes wrong in here ends the program with one line and status 2, Ctrl-C with status 130.
+
+    go_on: what to do when a full disk or memory has room again.
+    """
+    try:
+        with tolerant_output():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        words = r"out of memory|can't allocate memory|not enough memory|Unable to allocate"
+        if not (isinstance(error, MemoryError) or re.search(words, str(error))):
+            raise
+        parser.error(f"the memory is full: close other programs{go_on}")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = f"make room{go_on}" if full else "choose another folder"
+        parser.error(f"{error.filename}: {error.strerror}: {cure}" if error.errno else str(error))
+    except (ValueError, FloatingPointError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\nstopped{': ' * bool(stop.args)}{stop}\n")
+
+
 def parser_of() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
@@ -607,23 +647,16 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a picture of all augmentations, the composition of the named ones last."""
     parser = parser_of()
     options = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser):
         digits = one_of_each(*load_images()[2:])
         rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()),
                 None, ("+".join(options.augs), all_views(digits, options.augs)[-1])]
-        page = grid("Augmentations", CLASSES["mnist"], rows, cell=64)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    try:
-        page.save(options.out)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot write {options.out} ({error}): choose another --out")
-    print(f"wrote {options.out}")
+        save(grid("Augmentations", CLASSES["mnist"], rows, cell=64), options.out)
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

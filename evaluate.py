@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, box,
-                     grid, like_mnist, load_images, one_of_each, table, text, titled,
-                     tolerant_output, view_names, views)
+from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, ORDERS, PAIRS, all_views, box,
+                     grid, like_mnist, load_images, one_line_errors, one_of_each, save, table,
+                     text, titled, view_names, views)
 from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, paired",
@@ -389,7 +389,8 @@ def save_heatmap(runs: Sequence["Run"]) -> None:
         table[source] = heatmap_row([one.result for one in group])
     report_heatmap(dataset, table)
     (folder / "heatmap.json").write_text(json.dumps(table, indent=1))
-    print(f"  {save(heatmap(dataset, table), folder / 'heatmap')}")
+    save(heatmap(dataset, table), folder / "heatmap.png")
+    print(f"  {folder / 'heatmap.png'}")
 
 
 def cell_of(row: dict, source: str, target: str) -> list[float]:
@@ -979,17 +980,6 @@ FIGURES: dict[str, Callable] = {f.__name__: f for f in (
 # ---------------------------------------------------------------- from the command line to files
 
 
-def save(page: Image.Image | list[Image.Image], path: Path) -> Path:
-    """Write a page as path.png, pages as path.gif; returns the whole name. Raises OSError."""
-    if isinstance(page, list):
-        path = path.with_name(f"{path.name}.gif")
-        page[0].save(path, save_all=True, append_images=page[1:], duration=120, loop=0)
-    else:
-        path = path.with_name(f"{path.name}.png")
-        page.save(path)
-    return path
-
-
 def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     """Draw and save figures, a line for each as it comes; returns why some cannot be drawn."""
     missing = []
@@ -998,7 +988,8 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
         try:
             pages = f(run)
             for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-                path = save(page, run.folder / part)
+                path = run.folder / f"{part}.{'gif' if isinstance(page, list) else 'png'}"
+                save(page, path)
                 print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
         except NotAvailable as error:
             missing.append(f"{name} {error}")
@@ -1039,14 +1030,13 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the runs that the command line names."""
     parser = parser_of()
     options = parser.parse_args(argv)
     if options.list:
-        for name, f in FIGURES.items():
-            print(f"{name:22} {f.__doc__}")
+        with one_line_errors(parser):
+            print("\n".join(f"{name:22} {f.__doc__}" for name, f in FIGURES.items()))
         return
     if options.heatmap and (options.only or options.image):
         parser.error("--heatmap draws all figures: leave --only and --image out")
@@ -1055,35 +1045,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {name: FIGURES[name] for name in options.only or ()}
     if options.image:
         chosen["--image"] = partial(own_images, paths=options.image)
-    folder, missing = None, []
-    try:
-        runs = runs_of(options)
+    with one_line_errors(parser, ", or evaluate on another --device"):
+        runs, missing = runs_of(options), []
         for run in runs:
-            folder = run.folder
             if chosen:
-                missing += [f"{folder}: {why}" for why in draw_figures(run, chosen)]
+                missing += [f"{run.folder}: {why}" for why in draw_figures(run, chosen)]
             else:
                 evaluate(run)
         if options.heatmap:
-            folder = folder.parent
             save_heatmap(runs)
         elif len(runs) > 1 and not chosen:
             report_seeds(runs)
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped\n")
-    except ValueError as error:
-        parser.error(f"{folder}: {error}" if folder else str(error))
-    except OSError as error:
-        parser.error(str(error) if error.errno is None else
-                     f"{lavae.why_not_written(error.filename or folder, error)}, or copy the run "
-                     "to where you may write")
-    except (MemoryError, RuntimeError) as error:
-        if not lavae.is_out_of_memory(error):
-            raise
-        parser.error(f"{folder}: the memory is full: close other programs, or evaluate on another "
-                     "--device")
-    if missing:
-        parser.error("; ".join(missing))
+        if missing:
+            raise ValueError("; ".join(missing))
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
@@ -1130,12 +1104,9 @@ def models_in(folder: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
         raise FileNotFoundError(f"{folder} only holds runs: name those, or add --heatmap")
     for path in (folder, *sorted(path.parent for path in folder.glob("*/model.pt"))):
         model = lavae.load(path, device)
-        name, dataset = (str(model.settings.get(key)) for key in ("model", "dataset"))
-        augs = [*model.augs, *(aug for augs in model.transfers for aug in augs)]
-        if not (name in LABELS and name.startswith("cvae") == isinstance(model, CVAE)
-                and dataset in DATASETS and {*map(str, augs)} <= {*AUGMENTATIONS}):
-            raise ValueError(f"{path} holds something unknown (model {name}, data set {dataset}, "
-                             f"augmentations {' '.join(map(str, augs))}): make one with train.py")
+        name, augs = model.settings["model"], sum([model.augs, *model.transfers], [])
+        if unknown := [aug for aug in augs if aug not in AUGMENTATIONS]:
+            raise ValueError(f"{path} was trained with {unknown[0]}, which augment.py does not have")
         first = first or model
         differ = [key for key in ("augs", "dataset", "seed", "filters", "latent_dim", "epochs")
                   if model.settings[key] != first.settings[key]]

@@ -235,7 +235,7 @@ class LAVAE(nn.Module):
         return self.maps[self.augs.index(name)]
 
 
-WEIGHTS = {"bce": 1.0, "kl": 1.0, "equivariance": 150.0}  # in stage 1, see `train.weights_at`
+WEIGHTS = {"kl": 1.0, "equivariance": 150.0}  # in stage 1, see `train.weights_at`
 BLOCK = 250  # images at a time: few enough for the processor's caches
 HEAD_WIDTH = 16  # units a filter, of the two layers between z and the paper's first layer of a head
 
@@ -511,7 +511,6 @@ class CVAE(nn.Module):
 # ---------------------------------------------------------------- checkpoints and devices
 
 VERSION = 3  # of the files that `write` makes
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of one's share of it
 
 
 def write(content: dict, path: str | Path) -> None:
@@ -528,7 +527,7 @@ def write(content: dict, path: str | Path) -> None:
             try:
                 os.fsync(file.fileno())
             except OSError as error:  # not every file system has it
-                if error.errno in FULL:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
         for wait in (0.1, 0.3, 1, 0):  # on Windows a virus scanner may hold a file for a moment
             try:
@@ -541,13 +540,8 @@ def write(content: dict, path: str | Path) -> None:
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(f"{why_not_written(path, error)}; --resume goes on") from error
-
-
-def why_not_written(path: str | Path, error: OSError) -> str:
-    """Why `path` was not written, in the system's words, and what helps where the disk is full."""
-    cure = ": make room" if error.errno in FULL else ""
-    return f"cannot write {path} ({error.strerror or error}){cure}"
+        error.filename, error.filename2 = path, None
+        raise
 
 
 def read(path: str | Path) -> dict:
@@ -665,9 +659,3 @@ def self_test(device: torch.device, optimizer: type[torch.optim.Optimizer]) -> l
     parameters = [*model.parameters()]
     return [*(t.detach() for t in losses), *(p.grad for p in parameters),
             *(p.detach() for p in parameters)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on any device."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -556,7 +556,7 @@ def test_augment_writes_its_picture(tmp_path):
     with Image.open(tmp_path / "a.png") as page:
         assert page.size[0] > 10 * 64 and page.size[1] > 13 * 64
     refused(augment.main, ["--augs", "nope"], "nope", "canny")
-    refused(augment.main, ["--out", tmp_path / "none" / "a.png"], "a.png", "--out")
+    refused(augment.main, ["--out", tmp_path / "none" / "a.png"], "a.png", "another folder")
     refused(augment.main, ["--out", tmp_path / "a.what"], "a.what", "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -1346,7 +1346,7 @@ def test_only_repeats_are_averaged(small_data, no_figures, tmp_path, capsys):
             "differ in dataset")
     (tmp_path / "mnist" / "heatmap.json").mkdir()
     refused(evaluate.main, ["--heatmap", tmp_path / "mnist", "--device", "cpu"],
-            f"cannot write {tmp_path / 'mnist' / 'heatmap.json'}")
+            str(tmp_path / "mnist" / "heatmap.json"), "another folder")
 
 
 def test_where_no_view_is_confused_no_number_is_printed(run, data, monkeypatch, capsys):
@@ -1842,7 +1842,7 @@ def test_40_pictures_are_recognised(tmp_path):
     (["--augs", "flip_lr", "flip_lr"], ["once"]),
     (["--transfer", "canny", "canny"], ["once"]),
     (["--transfer", "canny", "shear_x", "--transfer", "canny", "shear_x"], ["once"]),
-    (["--transfer", "canny", "shear_x", "--no-transfer"], ["leave one out"]),
+    (["--transfer", "canny", "shear_x", "--no-transfer"], ["--no-transfer", "not allowed with"]),
     (["--epochs", "-1"], ["--epochs", "whole number from 1"]),
     (["--epochs", "many"], ["--epochs", "whole number from 1"]),
     (["--lr", "nan"], ["--lr", "a number from"]),
@@ -1876,7 +1876,7 @@ def test_train_refuses(argv, words, monkeypatch, tmp_path):
 
 def test_train_refuses_an_out_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(train.main, ["--out", tmp_path / "file" / "run"], "cannot write", "--out")
+    refused(train.main, ["--out", tmp_path / "file" / "run"], "Not a directory", "folder")
     refused(train.main, ["--out", tmp_path / "file"], "is a file", "--out")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -1953,10 +1953,6 @@ def strange_checkpoints(path, trace):
     for key, value in (("latent_dim", 17), ("filters", 10 ** 9), ("augs", ["flip_lr"] * 60),
                        ("augs", ["flip_lr", "code"]), ("transfers", [["x"]]), ("latent_map", "os"), ("more", 1)):
         yield good | {"arguments": good["arguments"] | {key: value}}
-    yield good | {"arguments": good["arguments"] | {"augs": [["flip_lr"], ["flip_ud"]]}}
-    for key, value in (("model", "cvae"), ("model", "x"), ("model", ["x"]), ("dataset", "x"),
-                       ("dataset", None), ("dataset", {})):
-        yield good | {"settings": good["settings"] | {key: value}}
     name = "encoder.conv1.bias"
     for value in (torch.full((8,), math.nan), torch.zeros(9), None, "x"):
         yield good | {"tensors": good["tensors"] | {name: value}}
@@ -1978,7 +1974,7 @@ def test_a_failed_allocation_is_one_line(error, finished, monkeypatch):
     refused(train.main, again, "memory is full", "lower")
     assert models_in(finished) == before
     monkeypatch.setattr(evaluate, "measure", failing(error))
-    refused(evaluate.main, [finished, "--device", "cpu"], "memory is full", str(finished))
+    refused(evaluate.main, [finished, "--device", "cpu"], "memory is full", "--device")
     for main, argv in ((train.main, again), (evaluate.main, [str(finished)])):
         # what is no lack of memory is not said to be one
         monkeypatch.setattr(train, "stage1", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
@@ -2122,7 +2118,7 @@ def test_a_finished_run_is_not_overwritten_in_silence(finished, capsys):
     capsys.readouterr()
     small(finished, f"{words} --resume")
     assert "kept" in capsys.readouterr().out and models_in(finished) == before
-    refused(train.main, asked(finished, "--resume --overwrite"), "leave one out")
+    refused(train.main, asked(finished, "--resume --overwrite"), "not allowed with")
     (finished / "state.pt").write_bytes(b"?")
     again = asked(finished, f"{words} --resume")
     refused(train.main, again, "state.pt is damaged", "--overwrite")
@@ -2215,11 +2211,11 @@ def test_ctrl_c_in_stage_2_and_in_evaluation(small_data, tmp_path, monkeypatch, 
     refused(train.main, again, "stage 2", "no number", "--involution-weight")
 
 
-def test_ctrl_c_before_anything_is_begun_says_so(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_before_anything_is_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_images", failing(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as end:
         train.main(["--out", str(tmp_path / "run")])
-    assert end.value.code == 130 and "before anything" in capsys.readouterr().err
+    assert end.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -2267,7 +2263,7 @@ def test_what_a_file_system_cannot_do(where, code, ends, finished, monkeypatch):
         train.main(again)
         assert names_in(finished) == ["metrics.json", "model.pt"]
         return
-    refused(train.main, again, ends, "--out")
+    refused(train.main, again, ends, "make room" if ends == "make room" else "another folder")
     assert names_in(finished) == ["metrics.json", "model.pt"]  # of the run before
     assert len(waited) == 4 * (code == errno.EACCES) - (code == errno.EACCES)
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
@@ -2382,7 +2378,7 @@ def test_an_epochs_seconds_are_its_own(monkeypatch):
     monkeypatch.setattr(progress, "terminal", False)
     for _ in range(3):
         progress.add({"loss": torch.tensor(1.0)}, 100)
-        rows.append(progress.end_epoch())
+        rows.append(progress.end_epoch(["loss"]))
     assert [(row["seconds"], row["images_per_second"]) for row in rows] == [(2.0, 200), (0.5, 800), (0.5, 800)]
 
 
@@ -2393,7 +2389,7 @@ def test_the_history_keeps_the_means_of_each_hundredth_of_an_epoch(capsys):
     for epoch in range(2):
         for loss, n in zip(losses[epoch], sizes):
             progress.add({"loss": torch.tensor(loss)}, n)
-        row = progress.end_epoch()
+        row = progress.end_epoch(["loss"])
         curve = row["curve"]
         assert np.allclose(curve["epoch"], epoch + 16 * np.arange(1, 125) / 1990)
         assert np.allclose(curve["loss"], losses[epoch][:248].reshape(124, 2).mean(1))
@@ -2455,7 +2451,7 @@ def test_damage_is_noticed(n, small_data, tmp_path, capsys):
     rng, whole, out = np.random.default_rng(0), tmp_path / "run", tmp_path / "copy"
     words = asked(whole, "--epochs 1 --no-transfer")
     train.main(words)
-    lavae.write({"config": train.begun_with(settings_of(*words))}, whole / "state.pt")
+    lavae.write({"config": settings_of(*words).config()}, whole / "state.pt")
     digit_picture(7, 300, "black", "white").save(whole / "x.png")
     other = Image.new("L", (9, 9)).tobytes() + b"PK\x03\x04"
     capsys.readouterr()

@@ -35,7 +35,7 @@ from torch import Tensor
 import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
-                     tolerant_output, views)
+                     one_line_errors, tolerant_output, views)
 from lavae import CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels, singles
 
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
@@ -60,6 +60,8 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
     A model may learn from fewer views than there are, and then sees each of them more often.
     """
+    print(f"stage 1: encoder and decoder learn to draw {len(model.stage1_views)} of {len(images)} "
+          f"views of {images.shape[1]:,} images")
     shown = torch.tensor(model.stage1_views, device=images.device)
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
     # There is no map to ask for where there are no two views, and none for a CVAE.
@@ -76,7 +78,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
         if equivariance:
             losses["equivariance"] = model.equivariance_loss(mu.unflatten(0, x.shape[:2]))
         weight = weights_at(t, weights)
-        return {"loss": sum(weight[name] * loss for name, loss in losses.items()), **losses}
+        return {"loss": sum(weight.get(name, 1) * loss for name, loss in losses.items()), **losses}
 
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if isinstance(model, LAVAE) and model.joint == "identity":
@@ -114,6 +116,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     `order_error`; the share by which a Newton step could lower the loss at most. Raises
     FloatingPointError: a map is no number.
     """
+    print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
         start = time.perf_counter()
@@ -142,6 +145,8 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
                         "order_error": order_error(L, order).item(),
                         "further": ((newton * slope).sum() / loss / 2).item(),
                         "seconds": time.perf_counter() - start})
+        print("  map {map}: least squares {least_squares:.2g}, error {error:.2g}, order error "
+              "{order_error:.2g}, could fall by {further:.1%}".format_map(history[-1]))
     return history
 
 
@@ -153,6 +158,7 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, epochs
     z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
     (2^K, N, 28, 28), the views to draw from them. Returns the history: a dict an epoch, mean loss.
     """
+    print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
     head = model.heads["+".join(names)]
 
     def losses_of(index, t):
@@ -171,6 +177,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight:
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
+    print(f"stage 2: maps of the kind {type(model.maps[0]).__name__}")
     loss = partial(lavae.maps_loss, model.maps, model.orders, involution_weight)
     if not model.joint:
         fit("stage 2", lambda index, t: {"loss": loss(*(z[index] for z in latents))},
@@ -209,7 +216,7 @@ def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
             losses["loss"].backward()
             optimizer.step()
             progress.add(losses, len(index))
-        history.append(progress.end_epoch())
+        history.append(progress.end_epoch([*losses]))
         if checkpoint:
             checkpoint.save(stage, parameters, state, history)
     return history
@@ -254,51 +261,45 @@ class Progress:
 
     def __init__(self, stage: str, epochs: int, batches: Batches, done: int = 0):
         self.stage, self.epochs, self.n_views = stage, epochs, batches.n_views
-        self.images, self.per_batch = batches.images_per_epoch, batches.images_per_batch
-        self.every = max(1, self.images // (100 * self.per_batch))  # steps, a hundredth of an epoch
+        self.images = batches.images_per_epoch
+        self.every = max(1, self.images // (100 * batches.images_per_batch))  # steps
         self.epoch, self.resumed, self.terminal = done, done, getattr(sys.stdout, "isatty", bool)()
         self.start = self.epoch_start = self.printed = time.perf_counter()
-        self._clear()
-
-    def _clear(self):
-        self.sums, self.seen, self.steps, self.curve = {}, 0, 0, []
+        self.losses, self.sizes = [], []  # of the epoch's steps
 
     def add(self, losses: dict[str, Tensor], n: int) -> None:
         """Count a step on n images. Raises KeyboardInterrupt: Ctrl-C was pressed."""
-        for name, loss in (losses | {"finite": losses["loss"].isfinite()}).items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach() * n
-        self.seen, self.steps = self.seen + n, self.steps + 1
-        if self.steps % self.every == 0:
-            self.curve.append((self.seen, dict(self.sums)))
+        self.losses.append(torch.stack([*losses.values()]).detach())
+        self.sizes.append(n)
         if self.terminal and time.perf_counter() - self.printed > 0.5:
             self.printed = time.perf_counter()
             self._print(float(losses["loss"]), end="")
         if INTERRUPTED:
             raise KeyboardInterrupt
 
-    def end_epoch(self) -> dict:
-        """The epoch's row of the history, and a line. Raises FloatingPointError."""
-        finite = float(self.sums.pop("finite"))
-        if finite < self.images:
-            step = self.epoch * self.steps + int(finite // self.per_batch)
+    def end_epoch(self, names: Sequence[str]) -> dict:
+        """The epoch's row of the history, of losses with these names, "loss" first; and a line.
+        Raises FloatingPointError."""
+        losses, sizes = torch.stack(self.losses).cpu().double().numpy(), np.array(self.sizes)
+        finite = np.isfinite(losses[:, 0])
+        if not finite.all():
+            step = self.epoch * len(sizes) + finite.argmin()
             raise FloatingPointError(f"{self.stage}: the loss is no number any more after step "
                                      f"{step}: try a lower --lr")
-        means = {name: float(value) / self.images for name, value in self.sums.items()}
-        self._print(means["loss"], end="\n")
+        means = np.average(losses, axis=0, weights=sizes).tolist()
+        self._print(means[0], end="\n")
         now = time.perf_counter()
         seconds, self.epoch_start = now - self.epoch_start, now
-        seen = np.array([seen for seen, _ in self.curve])
-        curve = {"epoch": (self.epoch + seen / self.images).tolist()}
-        for name in means:
-            sums = torch.stack([sums[name] for _, sums in self.curve]).tolist()
-            curve[name] = (np.diff(sums, prepend=0) / np.diff(seen, prepend=0)).tolist()
-        self.epoch += 1
-        self._clear()
-        return {"epoch": self.epoch, **means, "seconds": seconds, "curve": curve,
+        ends = np.cumsum(sizes)[self.every - 1::self.every]  # of the hundredths
+        parts = losses[:len(ends) * self.every].reshape(len(ends), self.every, -1).mean(1)
+        curve = {"epoch": (self.epoch + ends / self.images).tolist(),
+                 **dict(zip(names, parts.T.tolist()))}
+        self.epoch, self.losses, self.sizes = self.epoch + 1, [], []
+        return {"epoch": self.epoch, **dict(zip(names, means)), "seconds": seconds, "curve": curve,
                 "images_per_second": round(self.images * self.n_views / seconds)}
 
     def _print(self, loss, end):
-        done = (self.epoch - self.resumed) * self.images + self.seen
+        done = (self.epoch - self.resumed) * self.images + sum(self.sizes)
         rate = done / (time.perf_counter() - self.start)
         left = round(((self.epochs - self.resumed) * self.images - done) / rate)
         print("\r" * self.terminal + f"  epoch {self.epoch + 1}/{self.epochs}  loss {loss:7.2f}  "
@@ -322,8 +323,8 @@ MODELS_WITH = {  # the options that go with some models only
     "baselines": ["lavae"], "heatmap": ["lavae"], "transfer": ["lavae", "vae"],
     "no_transfer": ["lavae"], "condition": ["cvae"], "latent_map": ["lavae", "vae"],
     "joint": ["lavae"], "record": ["lavae"]}
-NO_RESULT = {  # the settings on which no result depends
-    "baselines", "heatmap", "all_targets", "no_transfer", "preset", "data_dir", "record", "resume",
+NO_RESULT = {  # the settings on which nothing that is written depends
+    "baselines", "heatmap", "all_targets", "no_transfer", "preset", "data_dir", "resume",
     "overwrite", "out"}
 
 
@@ -346,7 +347,6 @@ class Settings:
     batch_size: int | None = None
     lr: float | None = None
     kl_weight: float = 1.0
-    recon_weight: float = 1.0
     equivariance_weight: float = 150.0
     involution_weight: float = 1.0
     paper_involution: bool = False
@@ -386,10 +386,6 @@ class Settings:
                 (self.heatmap and (self.augs or transfers or self.no_transfer or self.baselines),
                  "--heatmap names the augmentations and transfers itself, and trains no baselines: "
                  "leave --augs, --transfer, --no-transfer and --baselines out"),
-                (self.resume and self.overwrite,
-                 "--resume and --overwrite exclude each other: leave one out"),
-                (transfers and self.no_transfer,
-                 "--transfer and --no-transfer exclude each other: leave one out"),
                 (self.no_transfer and len(augs) != 2,
                  "--no-transfer: only two --augs have a transfer by default: leave it out"),
                 (self.joint == "signs" and self.latent_map != "linear",
@@ -475,32 +471,24 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
                     checkpoint=checkpoint)
 
     images = tensors(x_train, settings.augs, device)
-    print(f"{settings.described()}\nstage 1: encoder and decoder learn to draw "
-          f"{len(model.stage1_views)} of {len(images)} views of {len(x_train):,} images")
+    print(settings.described())
     labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
     history["stage 1"] = stage1(
-        model, images, labels, {"bce": settings.recon_weight, "kl": settings.kl_weight,
+        model, images, labels, {"kl": settings.kl_weight,
                                 "equivariance": settings.equivariance_weight},
         settings.prior_loss, settings.epochs, **schedule,
         recorder=Recorder(settings.out / "recording.pt") if settings.record else None)
     if isinstance(model, LAVAE):
-        print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
         latents = [model.encode(v) for v in singles(images)]
         del images  # a transfer has others
         linear = settings.latent_map == "linear" and not settings.joint
         learn = stage2 if linear else partial(stage2_ablations, **schedule)
         history["stage 2"] = learn(model, latents, settings.involution_weight)
-        for row in history["stage 2"]:
-            print(f"  map {row['map']}, " + ", ".join(
-                f"{name} {row[name]:.2g}" for name in ("least_squares", "error", "order_error")
-                if name in row) + (f": the loss would fall by up to {row['further']:.0%} more"
-                                   if row.get("further", 0) > 0.01 else ""))
         if INTERRUPTED:
             raise KeyboardInterrupt
         with torch.no_grad():
             z = torch.stack(views(latents[0], model.maps))
         for names in settings.transfer:
-            print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
             history["stage 3, " + "+".join(names)] = stage3(
                 model, names, z, tensors(x_train, names, device), settings.transfer_epochs,
                 **schedule | dict(lr=settings.lr / 2))
@@ -571,7 +559,15 @@ def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(  # without a usage line, an error is one line
         description=__doc__, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawTextHelpFormatter)
-    add, count, weight = parser.add_argument, number(int, 1, 10 ** 6), number(float, 0, 10 ** 6)
+    what_to_train(parser.add_argument_group("what is trained"))
+    how_to_train(parser.add_argument_group("sizes, epochs and losses"))
+    where_to_train(parser.add_argument_group("data, device and files"))
+    return parser
+
+
+def what_to_train(group: argparse._ArgumentGroup) -> None:
+    """The options of the model and of its augmentations."""
+    add = group.add_argument
     add("--model", choices=MODELS, help="(default lavae)\n" + "\n".join(
         f"{name}: {words.format(told='view')}" for name, words in MODELS.items()))
     add("--baselines", action="store_true",
@@ -584,10 +580,23 @@ def parser_of() -> argparse.ArgumentParser:
     add("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
         help="augmentations to learn, five at most, in the order in which they compose\n"
              f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}")
-    add("--transfer", nargs="+", action="append", choices=AUGMENTATIONS, metavar="B",
-        help="train a further decoder head that draws these, one for each of --augs;\n"
-             "may be repeated (default shear_x canny, where --augs are two)")
-    add("--no-transfer", action="store_true", help="leave stage 3 out")
+    transfer = group.add_mutually_exclusive_group().add_argument
+    transfer("--transfer", nargs="+", action="append", choices=AUGMENTATIONS, metavar="B",
+             help="train a further decoder head that draws these, one for each of --augs;\n"
+                  "may be repeated (default shear_x canny, where --augs are two)")
+    transfer("--no-transfer", action="store_true", help="leave stage 3 out")
+    add("--condition", choices=["view", "digit", "both"],
+        help="what --model cvae is told (default view)")
+    add("--latent-map", choices=LATENT_MAPS,
+        help="an MLP in the place of each L: an ablation (default linear)")
+    add("--joint", choices=["identity", "signs"],
+        help="an ablation: stages 1 and 2 in one, Eq. 5 + equivariance weight * Eq. 6; the maps\n"
+             "start at I, or stay at diagonals of +-1")
+
+
+def how_to_train(group: argparse._ArgumentGroup) -> None:
+    """The options of sizes, of the schedule and of the losses."""
+    add, count, weight = group.add_argument, number(int, 1, 10 ** 6), number(float, 0, 10 ** 6)
     add("--preset", choices=PRESETS, help="(default laptop)\n" + "\n".join(
         f"{name}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
         for name, preset in PRESETS.items()))
@@ -602,7 +611,6 @@ def parser_of() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 1e-9, 1e3), metavar="X",
         help="the learning rate's peak in stage 1; in stage 3 it is half of this")
     add("--kl-weight", type=weight, metavar="X", help="in stage 1 (default 1)")
-    add("--recon-weight", type=weight, metavar="X", help="in stage 1 (default 1)")
     add("--equivariance-weight", type=weight, metavar="X",
         help="of the equivariance loss in stage 1 (default 150), on average: it grows from 0 to\n"
              "three times this; 0 leaves Eq. 5 as the paper has it")
@@ -612,58 +620,50 @@ def parser_of() -> argparse.ArgumentParser:
         help="k = 2 for all, as in the paper, and an equivariance loss with least-squares maps;\n"
              "without: 2 for flips, 4 for quarter turns; and a hundredth of |I - L L^T|^2 for\n"
              "augmentations that never come back")
-    add("--condition", choices=["view", "digit", "both"],
-        help="what --model cvae is told (default view)")
-    add("--latent-map", choices=LATENT_MAPS,
-        help="an MLP in the place of each L: an ablation (default linear)")
-    add("--joint", choices=["identity", "signs"],
-        help="an ablation: stages 1 and 2 in one, Eq. 5 + equivariance weight * Eq. 6; the maps\n"
-             "start at I, or stay at diagonals of +-1")
     add("--prior-loss", choices=["kl", "mmd"], help="in stage 1 (default kl)")
+
+
+def where_to_train(group: argparse._ArgumentGroup) -> None:
+    """The options of the data, the device and the files."""
+    add = group.add_argument
     add("--dataset", choices=DATASETS,
         help="mnist lies in the repository, the others are downloaded (default mnist)")
     add("--data-dir", type=Path, metavar="DIR", help="(default data/)")
     add("--seed", type=number(int, 0, 2 ** 62 - 1), metavar="N", help="(default 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default auto)")
     add("--record", action="store_true", help="keep frames of stage 1 for evaluate.py's animation")
-    add("--resume", action="store_true", help="go on where an interrupted run stopped")
-    add("--overwrite", action="store_true",
-        help="start over in a run folder that is in use: its pictures are removed at once,\n"
-             "its model when the new one is there")
+    in_use = group.add_mutually_exclusive_group().add_argument
+    in_use("--resume", action="store_true", help="go on where an interrupted run stopped")
+    in_use("--overwrite", action="store_true",
+           help="start over in a run folder that is in use: its pictures are removed at once,\n"
+                "its model when the new one is there")
     add("--out", type=Path, metavar="DIR",
         help="the run folder (default runs/ and the names of --augs, joined by +;\n"
              "a baseline's name before them)")
-    return parser
 
 
-@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser, alone = parser_of(), threading.current_thread() is threading.main_thread()
     usual = signal.signal(signal.SIGINT, interrupt) if alone else None  # a thread may not
     try:
-        settings = Settings(**vars(parser.parse_args(argv)))
-        run(settings)
-    except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not lavae.is_out_of_memory(error):
-            raise
-        parser.error("the memory is full: close other programs and go on with --resume, or lower "
-                     "--filters, --latent-dim, --batch-size or the number of --augs")
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\nstopped{': ' if stop.args else ' before anything was begun'}{stop}\n")
+        with one_line_errors(parser, ", then go on with --resume, or lower --filters, "
+                             "--latent-dim, --batch-size or the number of --augs"):
+            settings = Settings(**vars(parser.parse_args(argv)))
+            run(settings)
+            folder = shlex.quote(settings.out.as_posix())  # it may have blanks
+            print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{folder}")
     finally:
         if alone:
             signal.signal(signal.SIGINT, usual)
         INTERRUPTED.clear()
-    folder = shlex.quote(settings.out.as_posix())  # it may have blanks
-    print(f"now: python evaluate.py {'--heatmap ' * settings.heatmap}{folder}")
 
 
 # ---------------------------------------------------------------- keeping a run safe
 
 INTERRUPTED = []  # filled by the first Ctrl-C
+IN_USE = ("holds a run that is at work or was interrupted: go on with --resume, start over with "
+          "--overwrite, or choose another --out")  # a folder with a state.pt
 
 
 def interrupt(*_) -> None:
@@ -682,8 +682,8 @@ def is_finished(settings: Settings, several: bool = False) -> bool:
         return False
     if state.is_file():
         if not settings.resume:
-            raise FileExistsError(in_use(settings.out))
-        check_same(state, Checkpoint(state).stages.get("config", {}), begun_with(settings))
+            raise FileExistsError(f"{settings.out} {IN_USE}")
+        check_same(state, Checkpoint(state).stages.get("config", {}), settings.config())
     elif model.is_file():
         if not (settings.resume or several):
             raise FileExistsError(f"{settings.out} holds a finished run: start over with "
@@ -694,23 +694,12 @@ def is_finished(settings: Settings, several: bool = False) -> bool:
     return False
 
 
-def in_use(folder: Path) -> str:
-    """The line for a folder with a state.pt."""
-    return (f"{folder} holds a run that is at work or was interrupted: go on with --resume, start "
-            "over with --overwrite, or choose another --out")
-
-
 def check_same(path: Path, was: dict, now: dict) -> None:
     """Raises ValueError: the settings differ."""
     for key, value in now.items():
         if was.get(key) != value:
             raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
                              "same options, or --overwrite to start over")
-
-
-def begun_with(settings: Settings) -> dict:
-    """What --resume must be told again: all that decides the result, and --record."""
-    return settings.config() | {"record": settings.record}
 
 
 def begin(settings: Settings) -> None:
@@ -731,16 +720,13 @@ def begin(settings: Settings) -> None:
                     path.unlink(missing_ok=True)
         open(state, "xb").close()
         try:
-            lavae.write({"config": begun_with(settings)}, state)
+            lavae.write({"config": settings.config()}, state)
         except OSError:
             state.unlink()
             raise
     except FileExistsError as error:
-        raise FileExistsError(in_use(settings.out) if settings.out.is_dir() else
-                              f"{settings.out} is a file: choose another --out") from error
-    except OSError as error:
-        raise OSError(f"cannot write to {settings.out} ({error.strerror or error}): choose another "
-                      "--out") from error
+        why = IN_USE if settings.out.is_dir() else "is a file: choose another --out"
+        raise FileExistsError(f"{settings.out} {why}") from error
 
 
 class Checkpoint:
@@ -765,14 +751,11 @@ class Checkpoint:
         if stage not in self.stages:
             return []
         saved = self.stages[stage]
-        try:
-            for p, value in zip(parameters, saved["parameters"], strict=True):
-                p.data.copy_(value)
-            for name, thing in state.items():
-                (getattr(thing, "set_state", None) or thing.load_state_dict)(saved[name])
-            history = [dict(row) for row in saved["history"]]
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged: start over with --overwrite") from error
+        for p, value in zip(parameters, saved["parameters"], strict=True):
+            p.data.copy_(value)
+        for name, thing in state.items():
+            (getattr(thing, "set_state", None) or thing.load_state_dict)(saved[name])
+        history = [*saved["history"]]
         print(f"  {len(history)} epochs are there already")
         return history
 
