@@ -16,7 +16,6 @@ import errno
 import hashlib
 import io
 import math
-import os
 import re
 import sys
 import warnings
@@ -590,11 +589,8 @@ class Output(io.TextIOBase):
     def write(self, words: str) -> int:
         """Write and flush, or do nothing."""
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            try:
-                self.stream.write(words)
-                self.stream.flush()
-            except OSError:  # Python's own flush, when the program ends, shall not fail either
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream.write(words)
+            self.stream.flush()
         return len(words)
 
     def isatty(self) -> bool:

@@ -36,7 +36,7 @@ from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, ORDERS, PAIRS, all_views, box,
                      grid, like_mnist, load_images, one_line_errors, one_of_each, save, table,
                      text, titled, view_names, views)
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, pixels, through
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, apply_in_order, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, paired",
           "vae": "VAE of originals"}
@@ -91,7 +91,7 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
 
 def reverse(model: LAVAE, z: Tensor) -> Tensor:
     """z L_K .. L_2 L_1: composed in the other order than that of the last view."""
-    return through(z, reversed(model.maps))
+    return apply_in_order(z, reversed(model.maps))
 
 
 def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
@@ -110,7 +110,7 @@ def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
 
 def powers(x, maps: Sequence[Callable], exponents: Sequence[int]):
     """x under the first map as often as the first exponent says, then under the second, .."""
-    return through(x, (f for f, n in zip(maps, exponents) for _ in range(n)))
+    return apply_in_order(x, (f for f, n in zip(maps, exponents) for _ in range(n)))
 
 
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -312,11 +312,16 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
         print_table("the whole group", ["nats", "shown"], [
             (name, [value, "yes" if name in names else "never"])
             for name, value in row["elements"].items()])
-    for target, row in result["transfer"].items():
+    report_transfers(result["transfer"], totals)
+
+
+def report_transfers(transfers: dict[str, dict], paper: dict[str, float]) -> None:
+    """Print the row of each transfer, and the paper's total beneath where it has one."""
+    for target, row in transfers.items():
         columns = [*view_names(target.split("+")), "total"]
         rows = [("LAVAE, D_B(E(x) L)", [row[c] for c in columns])]
-        if target in totals:
-            rows.append(("  paper", [*nothing, totals[target]]))
+        if target in paper:
+            rows.append(("  paper", [*[None] * (len(columns) - 1), paper[target]]))
         print_table(f"transfer to {target}", columns, rows)
         print("a view: " + ", ".join(f"{row[key]:.1f} where the probe names it {word}"
                                      for key, word in (("correctly_classified", "correctly"),
@@ -1106,7 +1111,7 @@ def models_in(folder: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
         model = lavae.load(path, device)
         name, augs = model.settings["model"], sum([model.augs, *model.transfers], [])
         if unknown := [aug for aug in augs if aug not in AUGMENTATIONS]:
-            raise ValueError(f"{path} was trained with {unknown[0]}, which augment.py does not have")
+            raise ValueError(f"{path} was trained with {unknown[0]}, which augment.py lacks")
         first = first or model
         differ = [key for key in ("augs", "dataset", "seed", "filters", "latent_dim", "epochs")
                   if model.settings[key] != first.settings[key]]

@@ -4,8 +4,8 @@
     image x ----> latent z ------> latent z L_i ----> augmented image A_i x
 
 From "Towards Composable Distributions of Latent Space Augmentations" (arXiv 2303.03462), in its
-order: encoder and decoder, the maps and the model, the losses of the three stages; then ablations,
-the baseline, checkpoints and devices.
+order: encoder and decoder, the maps and the model, the losses of the three stages; then parts of an
+augmentation, the ablations, the CVAE, checkpoints and devices.
 
     model = load("runs/flip_lr+flip_ud")
     mu, logvar = model.encoder(x)                          # x (B, 28, 28), values in [0, 1]
@@ -68,8 +68,8 @@ def hidden_layers(*widths: int) -> list[nn.Module]:
     return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
 
 
-class GatedLayer(nn.Module):
-    """Gated linear units with GELU, (z A + a) * gelu(z B + b): each can multiply two latents."""
+class GEGLU(nn.Module):
+    """Gated linear units with GELU, (z A + a) * gelu(z B + b): a unit can multiply two latents."""
 
     def __init__(self, inputs: int, units: int):
         super().__init__()
@@ -84,14 +84,15 @@ class GatedLayer(nn.Module):
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
-    `hidden` adds two layers of that width before the linear one, for the heads of stage 3: views
-    that look alike lie close together in z, and a head must tell them apart. The first is gated:
-    the sign of a latent that a map reverses says little alone, and more beside another's.
+    `hidden` adds two layers of that width before the linear one, for the heads of stage 3 (the
+    paper has none): views that look alike lie close together in z, and a head must recognise them.
+    The first is a GEGLU layer, because the product of two latents can show which maps were applied,
+    where the sign of one alone does not.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
         super().__init__()
-        self.hidden = nn.Sequential(*[GatedLayer(latent_dim, hidden), nn.Linear(hidden, hidden),
+        self.hidden = nn.Sequential(*[GEGLU(latent_dim, hidden), nn.Linear(hidden, hidden),
                                       nn.GELU()] if hidden else [])
         self.linear = nn.Linear(hidden or latent_dim, 2 * filters * 7 * 7)
         self.deconv1 = nn.ConvTranspose2d(2 * filters, filters, kernel_size=4, stride=2, padding=1)
@@ -117,7 +118,7 @@ def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 # ---------------------------------------------------------------- the maps and the model
 
 
-def through(x, maps: Iterable[Callable]):
+def apply_in_order(x, maps: Iterable[Callable]):
     """x under the first map, then under the second, .."""
     return reduce(lambda x, f: f(x), maps, x)
 
@@ -152,9 +153,9 @@ class LAVAE(nn.Module):
         latent_map: "linear", or for the ablation "mlp" or "mlp-wide".
         originals_only: the plain VAE among the baselines: stage 1 sees no augmented view.
 
-    `decoder` draws the views that the latents were learnt from, `heads["shear_x+canny"]` those of
-    that transfer; `maps[i]` belongs to augs[i], whichever of them draws. View number v, in the
-    order of `augment.views`, uses map i where bit i of v is set.
+    `decoder` draws the views that the latents were learnt from. A head draws others from the same
+    latents: heads["shear_x+canny"] draws shear_x(x) from z L_1, although L_1 was learnt for
+    flip_lr. View number v, in the order of `augment.views`, uses map i where bit i of v is set.
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"),
@@ -186,9 +187,10 @@ class LAVAE(nn.Module):
         """Of a batch's latents under all views, (2^K, B, d): the function `equivariance_loss`, or
         the one with least-squares maps, or with `joint` the model's own maps and Eq. 6."""
         if self.joint:
-            return maps_loss(self.maps, self.orders, self.involution_weight, *singles(z))
+            return maps_loss(self.maps, self.orders, self.involution_weight,
+                             *original_and_singles(z))
         if self.least_squares:
-            return least_squares_equivariance_loss(*singles(z))
+            return least_squares_equivariance_loss(*original_and_singles(z))
         return equivariance_loss(z, self.orders)
 
     @torch.no_grad()
@@ -199,25 +201,26 @@ class LAVAE(nn.Module):
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
         """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
-        return through(z, (f for i, f in enumerate(self.maps) if view >> i & 1))
+        return apply_in_order(z, (f for i, f in enumerate(self.maps) if view >> i & 1))
 
     def from_view(self, z: Tensor, view: int) -> Tensor:
         """The way back, z L_2^-1 L_1^-1 for view 3."""
-        return through(z, [f.inverse for i, f in enumerate(self.maps) if view >> i & 1][::-1])
+        maps = [f for i, f in enumerate(self.maps) if view >> i & 1]
+        return apply_in_order(z, [f.inverse for f in reversed(maps)])
 
     # For notebooks: images in [0, 1], (B, 28, 28), in and out, on the model's device.
 
     @torch.no_grad()
     def augment(self, x: Tensor, *names: str) -> Tensor:
         """x under the named augmentations, the left one first: D(E(x) L L ..)."""
-        return self.decoder(through(self.encoder(x)[0], map(self._map, names))).sigmoid()
+        return self.decoder(apply_in_order(self.encoder(x)[0], map(self._map, names))).sigmoid()
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
         """From any view to any: D(E(x) L_source^-1 L_target). Views are named as in the tables, the
         left name goes first: "flip_lr+flip_ud", "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw"."""
         back = [f.inverse for f in reversed(self._maps(source))]
-        return self.decoder(through(self.encoder(x)[0], back + self._maps(target))).sigmoid()
+        return self.decoder(apply_in_order(self.encoder(x)[0], back + self._maps(target))).sigmoid()
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
@@ -259,27 +262,30 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
-def singles(views: Sequence) -> list:
+def original_and_singles(views: Sequence) -> list:
     """Of 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
     return [view for i, view in enumerate(views) if i.bit_count() <= 1]
 
 
 def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
-    """How far a batch is from having maps: mean over images and latents of (before Q_i - after)^2,
-    Eq. 6, summed over i. Q_i is the best map for this batch of those that keep lengths and, where
-    A_i has an order, come back, see `procrustes`. It is made anew for each batch, and thrown away.
+    """How far a batch of latents is from having maps: the mean over images and latents of
+    (before Q_i - after)^2, summed over i.
 
-    z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`. A_i is
-    asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (Pairs of
+    Q_i is the best map for this batch among those that keep lengths and have the order of A_i, see
+    `procrustes`. It is computed for the batch and then dropped; stage 2 learns the maps L_i that
+    stay. z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`.
+    A_i is asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (Pairs of
     originals alone allow a map that turns mirrored digits the other way.)
 
-    Eq. 5 does not mind a latent a + b of what A_i keeps and what it reverses, and no matrix makes
-    a - b of that. This term in stage 1 makes such a latent choose.
+    Eq. 5 allows a latent that is the sum of a feature a, which A_i keeps, and a feature b, whose
+    sign A_i changes: a + b becomes a - b, and no matrix computes that from a + b. This loss makes
+    the encoder put a and b into different latents.
     """
     error = 0
     for i, order in enumerate(orders):
+        # Views 0 .. 2^i - 1 come before A_i; adding 2^i to a view's number applies A_i to it.
         before, after = z[:2 ** i].flatten(0, 1), z[2 ** i:2 ** (i + 1)].flatten(0, 1)
-        with torch.no_grad():  # where Q is best, the slope in Q is 0, and z's gradient right
+        with torch.no_grad():  # at the best Q the gradient with respect to Q is 0
             Q = procrustes(before.T @ after, order)
         error = error + (before @ Q - after).square().mean()
     return error
@@ -291,7 +297,7 @@ def procrustes(C: Tensor, order: int | None) -> Tensor:
 
     The orthogonal Procrustes problem: Q is the polar factor of C; for k = 2 of C + C^T, which makes
     it symmetric. For other k each of its angles then goes to the nearest multiple of 2 pi / k, by
-    a <- a - sin(k a) / k. Where z carries nothing, Q is I.
+    a <- a - sin(k a) / k. For latents that are collapsed to zero Q is I.
     """
     C = C + C.T if order == 2 else C
     Q = polar(C + 1e-5 * torch.linalg.norm(C) * torch.eye(len(C), dtype=C.dtype, device=C.device))
@@ -317,14 +323,16 @@ def polar_step(X: Tensor) -> Tensor:
 
 
 def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
-    """`equivariance_loss` for --paper-involution: with any matrices L_i, of least squares, and of
-    originals alone: z = E(x), and E(A_1 x) to E(A_K x), (B, d) each. A latent may shrink there, and
-    never come back. (The error could fall by making all latents short, but the KL keeps them long.)
+    """`equivariance_loss` for --paper-involution: Q_i is any matrix, found by least squares from
+    originals alone.
+
+    z: E(x); augmented: E(A_1 x) to E(A_K x), (B, d) each. Such a map may shrink a latent, and then
+    Q^k is not the identity.
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():
         G = z.T @ z
-        G.diagonal().add_(1e-3 * G.diagonal().mean())  # z may have latents that carry nothing yet
+        G.diagonal().add_(1e-3 * G.diagonal().mean())  # some latents may be collapsed to zero yet
         L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
     return (z @ L - targets).square().sum() / z.numel()
 
@@ -349,13 +357,15 @@ def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
 
 
 def order_error(L: Tensor, order: int | None) -> Tensor:
-    """||I - L^k||_F^2: zero where applying L k times changes nothing.
+    """The second term of Eq. 6, ||I - L^k||_F^2: zero where applying L k times changes nothing.
 
-    k is the augmentation's order: 2 for a flip, the paper's "involution", and 4 for a quarter turn.
+    k is the order of the augmentation, the least number with A^k x = x: 2 for a flip (the paper's
+    "involution"), 4 for a quarter turn.
 
-    None is for one that never comes back, like canny: then a hundredth of ||I - L L^T||_F^2, since
-    all views have the same prior, and a map should keep lengths. It settles what Eq. 6 leaves open:
-    where all originals agree, because none of them is a drawing of edges, say.
+    Where no power of A is the identity, as for canny, the order is None, and the term is a
+    hundredth of ||I - L L^T||_F^2: all views have the same prior, so a map should keep lengths. It
+    decides what the data leave open: directions in which all originals agree, because none of them
+    is a drawing of edges, say.
     """
     unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     if order is None:
@@ -409,7 +419,7 @@ class NonlinearMap(nn.Sequential):
 
         Nothing is asked of the map where the order is None.
         """
-        return (z - through(z, [self] * (order or 0))).square().sum() / len(z)
+        return (z - apply_in_order(z, [self] * (order or 0))).square().sum() / len(z)
 
 
 LATENT_MAPS = {"linear": LatentMap,
@@ -417,10 +427,13 @@ LATENT_MAPS = {"linear": LatentMap,
                "mlp-wide": partial(NonlinearMap, hidden=(256, 256))}
 
 
-def learn_jointly(model: LAVAE, start: str, involution_weight: float = 1.0) -> None:
-    """Stages 1 and 2 in one: Eq. 6 with the model's own maps, of originals alone, takes the place
-    of stage 1's misfit. The maps start at I and learn along ("identity"), or stay diagonals of +1
-    and -1, each pattern of signs equally often ("signs")."""
+def set_joint(model: LAVAE, start: str, involution_weight: float = 1.0) -> None:
+    """For stages 1 and 2 in one: Eq. 6 with the model's own maps, of originals alone, takes the
+    place of the equivariance loss.
+
+    start: "identity", the maps start at I and learn along; or "signs", they stay diagonals of +1
+    and -1, each pattern of signs equally often.
+    """
     model.joint, model.involution_weight = start, involution_weight
     if start == "signs":
         for i, latent_map in enumerate(model.maps):
@@ -443,19 +456,21 @@ def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) ->
     """
     z, prior = sample(mu, logvar, generator), sample(0 * mu, 0 * logvar, generator)
 
-    def likeness(a, b):
+    def mean_kernel(a, b):
         return torch.exp(-(a[:, None] - b).square().mean(2)).mean()
 
-    return 1000 * (likeness(z, z) + likeness(prior, prior) - 2 * likeness(z, prior))
+    return 1000 * (mean_kernel(z, z) + mean_kernel(prior, prior)
+                   - 2 * mean_kernel(z, prior))
 
 
 # ---------------------------------------------------------------- the baseline
 
 
 class CVAE(nn.Module):
-    """The paper's baseline: encoder and decoder are told a condition, the latents carry the rest.
+    """The paper's baseline: encoder and decoder are conditioned on numbers beside the features and
+    beside z, and the latents carry the rest.
 
-    condition: what they are told, as numbers beside the features and beside z:
+    condition: what those numbers are:
         "view"      one-hot of the view: all views are encoded and reconstructed ("naive")
         "digit"     one-hot of the digit, labels 0 to 9: likewise
         "both"      the two together
@@ -471,20 +486,22 @@ class CVAE(nn.Module):
                               filters=filters)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
-        self.stage1_views = singles(range(n)) if self.paired else list(range(n))
-        codes = {"paired": torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1,
-                 "digit": torch.zeros(n, 0), "view": torch.eye(n), "both": torch.eye(n)}[condition]
-        self.register_buffer("codes", codes.float())  # what is said of each view
-        width = self.codes.shape[1] + 10 * self.by_digit
+        self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
+        conditions = {"paired": torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1,
+                      "digit": torch.zeros(n, 0), "view": torch.eye(n), "both": torch.eye(n)}[
+                          condition]
+        self.register_buffer("view_conditions", conditions.float())  # a row for each view
+        width = self.view_conditions.shape[1] + 10 * self.by_digit
         self.encoder = Encoder(latent_dim, filters, width)
         self.decoder = Decoder(latent_dim + width, filters)  # for z and the condition, side by side
 
     def conditions(self, views: Sequence[int], n: int, labels: Tensor | None = None) -> Tensor:
-        """What is said of n images under each view, (V n, width); labels (n,) for the digits."""
-        codes = self.codes[views].repeat_interleave(n, dim=0)
+        """The conditions of n images under each view, (V n, width); labels (n,) for the digits."""
+        conditions = self.view_conditions[views].repeat_interleave(n, dim=0)
         if self.by_digit:
-            codes = torch.cat([codes, F.one_hot(labels, 10).to(codes).repeat(len(views), 1)], 1)
-        return codes
+            digits = F.one_hot(labels, 10).to(conditions)
+            conditions = torch.cat([conditions, digits.repeat(len(views), 1)], 1)
+        return conditions
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -492,8 +509,8 @@ class CVAE(nn.Module):
         source, n = x[:1] if self.paired else x, x.shape[1]
         condition = self.conditions(self.stage1_views, n, labels)
         mu, logvar = self.encoder(source.flatten(0, 1), condition[:len(source) * n])
-        each = len(x) // len(source)  # times that an image is decoded
-        z = sample(mu.repeat(each, 1), logvar.repeat(each, 1), noise)
+        repeats = len(x) // len(source)  # "paired": an original is decoded once for each view
+        z = sample(mu.repeat(repeats, 1), logvar.repeat(repeats, 1), noise)
         return self.decoder(torch.cat([z, condition], 1)), mu, logvar
 
     @torch.no_grad()
@@ -581,7 +598,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     try:
         tensors, arguments = checkpoint["tensors"], checkpoint["arguments"]
         if len(arguments["augs"]) > 5 or not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError("too many views, or a weight that is no number")
+            raise ValueError("too many views, or a weight that is not finite")
         kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
         with torch.device("meta"):  # weights are neither drawn nor written before the file's fit
             model = kind(**arguments).to_empty(device="cpu")
@@ -593,7 +610,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
 
 
 def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
-    """The model, and on a CPU one and a half times as fast, with the same numbers."""
+    """Put a model on a CPU into channels_last order: 1.5 times as fast, with the same results."""
     if next(model.parameters()).device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
         # glibc hands big blocks of freed memory back to the system, and a step frees and asks for
@@ -614,9 +631,10 @@ def pick_device(name: str = "auto") -> torch.device:
 def verified_device(name: str, optimizer: type[torch.optim.Optimizer]) -> torch.device:
     """The device called `name`, see `pick_device`, where it computes what the CPU does.
 
-    It runs the `self_test`, and may be 1% of a tensor's length away from the CPU. (Any two devices
-    add in another order; some have been 10% and more away, and said nothing.) If it is further
-    away, or cannot do it, "auto" is the CPU. Raises ValueError: any other name.
+    It runs the `self_test`: each tensor may be 1% of its length away from the CPU's, because any
+    two devices add in another order. (Some have been wrong by 10% and more, without an error.)
+    Where the difference is larger, or the test fails, "auto" is the CPU. Raises ValueError: any
+    other name.
     """
     device = pick_device(name)
     if device.type == "cpu":

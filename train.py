@@ -3,7 +3,8 @@
     stage 1   encoder, decoder   min  BCE(v, D(z)) + KL(q(z|v) || N(0, I)) over all views v   Eq. 5
                                       + the equivariance loss: how far E(A v) is from E(v) Q
     stage 2   L_1 .. L_K         min  mean (E(x) L_i - E(A_i x))^2 + |I - L_i^k|^2            Eq. 6
-    stage 3   a new head D_B     min  BCE(view_B(x), D_B(view_L(E(x))))                       Eq. 7
+    stage 3   a new decoder D_B  min  BCE(B_v x, D_B(z L_v)) over all views v                 Eq. 7
+              that draws other augmentations B from the same latents z = E(x)
 
     python train.py                                        # flips, then shear_x and canny: minutes
     python train.py --preset quick                         # a minute or two: for a lecture
@@ -36,7 +37,8 @@ import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
                      one_line_errors, tolerant_output, views)
-from lavae import CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error, pixels, singles
+from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error,
+                   original_and_singles, pixels)
 
 MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
 MAP_LR = 1e-2
@@ -55,8 +57,8 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device. labels:
     (N,), for a CVAE that is told the digits. weights: of the losses, see `weights_at`. prior_loss:
-    "kl" or "mmd". batch_size counts views. Returns the history: a dict an epoch with the means of
-    the losses, in nats an image but for the equivariance loss.
+    "kl" or "mmd". batch_size counts views. Returns the history: one dict per epoch with the means
+    of the losses, in nats an image but for the equivariance loss.
 
     A model may learn from fewer views than there are, and then sees each of them more often.
     """
@@ -94,9 +96,9 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
     """The weights of stage 1's losses at the share t of all steps.
 
-    The prior's grows for the first twentieth: at full weight from the start it can hold all latents
-    at zero. The equivariance loss's grows with the square of t, to three times its mean: first the
-    latents must decide how many directions a map keeps and reverses.
+    The prior's grows for the first twentieth: at full weight from the start all latents may
+    collapse to zero. The equivariance loss's grows with the square of t, to three times its mean:
+    first the latents must decide how many directions a map keeps and reverses.
     """
     growth = {"kl": min(1, 20 * t), "equivariance": 3 * t * t}
     return {name: weight * growth.get(name, 1) for name, weight in weights.items()}
@@ -113,8 +115,9 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     solution G^-1 C_i, whose eigenvalues have the right signs: the involution term has a minimum for
     every choice of signs, and from a random start it holds the maps at a wrong one. Returns a dict
     for each map: mean squared error of the latents by least squares (the floor) and by L;
-    `order_error`; the share by which a Newton step could lower the loss at most. Raises
-    FloatingPointError: a map is no number.
+    `order_error`; the relative decrease of the loss, at most, that is left: gradient . H^-1
+    gradient / 2, with the data's Hessian H = 2 G / d. Raises FloatingPointError: a map is not
+    finite.
     """
     print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
     history = []
@@ -135,18 +138,19 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
             loss_of(L).backward()
             optimizer.step()
         if not L.isfinite().all():
-            raise FloatingPointError(f"stage 2: the map of {aug} is no number: try a lower "
+            raise FloatingPointError(f"stage 2: the map of {aug} is not finite: try a lower "
                                      "--involution-weight")
         map_i.L.data.copy_(L.detach())
-        slope, = torch.autograd.grad(loss := loss_of(L), L)
-        newton = torch.linalg.lstsq(2 / len(G) * G, slope, driver="gelsd").solution
-        before, after = (map_error(M, G, C_i, squared).item() for M in (least_squares, L))
-        history.append({"map": aug, "least_squares": before, "error": after,
+        gradient, = torch.autograd.grad(loss := loss_of(L), L)
+        newton_step = torch.linalg.lstsq(2 / len(G) * G, gradient, driver="gelsd").solution
+        history.append({"map": aug,
+                        "least_squares": map_error(least_squares, G, C_i, squared).item(),
+                        "error": map_error(L, G, C_i, squared).item(),
                         "order_error": order_error(L, order).item(),
-                        "further": ((newton * slope).sum() / loss / 2).item(),
+                        "remaining": ((newton_step * gradient).sum() / loss / 2).item(),
                         "seconds": time.perf_counter() - start})
         print("  map {map}: least squares {least_squares:.2g}, error {error:.2g}, order error "
-              "{order_error:.2g}, could fall by {further:.1%}".format_map(history[-1]))
+              "{order_error:.2g}, could fall by {remaining:.1%}".format_map(history[-1]))
     return history
 
 
@@ -155,8 +159,9 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, epochs
            checkpoint: "Checkpoint | None" = None) -> list[dict]:
     """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
 
-    z: (2^K, N, latent_dim), the originals' latents and their images under the maps; images: uint8
-    (2^K, N, 28, 28), the views to draw from them. Returns the history: a dict an epoch, mean loss.
+    z: (2^K, N, latent_dim), the originals' latents under every combination of the maps; images:
+    uint8 (2^K, N, 28, 28), the views to draw from them. Returns the history: one dict per epoch,
+    mean loss.
     """
     print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
     head = model.heads["+".join(names)]
@@ -198,10 +203,10 @@ def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
         checkpoint: "Checkpoint | None" = None, state: dict | None = None) -> list[dict]:
     """Minimise losses_of(index, t)["loss"] with AdaBelief; returns each epoch's mean losses.
 
-    index: the image numbers of a batch; t: the share of all steps that are done. With a checkpoint
-    it goes on after the last epoch that was saved under the name of the stage; `state` is what
-    losses_of changes, by name: generators, and what has a state_dict. Raises FloatingPointError: a
-    loss is infinite or not a number; KeyboardInterrupt.
+    index: the image numbers of a batch; t: the fraction of all steps that are done. With a
+    checkpoint it goes on after the last epoch that was saved under the name of the stage; `state`
+    is what losses_of changes, by name: generators, and what has a state_dict. Raises
+    FloatingPointError: a loss is infinite or not a number; KeyboardInterrupt.
     """
     optimizer, device = AdaBelief(parameters), parameters[0].device
     state = {"optimizer": optimizer, "shuffle": batches.shuffle, **(state or {})}
@@ -233,7 +238,8 @@ class Batches:
     """Image numbers in batches, shuffled anew in each epoch, like torch's DataLoader.
 
     A batch holds all n_views views of its images, so that no step favours a view: batch_size counts
-    views, and there are `min_images` or more. An epoch holds views_per_epoch views, or all once.
+    augmented images, so there are batch_size // n_views originals, `min_images` or more. An epoch
+    holds views_per_epoch augmented images, or all once.
     """
 
     def __init__(self, n_views: int, n_images: int, batch_size: int = 128, seed: int = 0,
@@ -284,7 +290,7 @@ class Progress:
         finite = np.isfinite(losses[:, 0])
         if not finite.all():
             step = self.epoch * len(sizes) + finite.argmin()
-            raise FloatingPointError(f"{self.stage}: the loss is no number any more after step "
+            raise FloatingPointError(f"{self.stage}: the loss is not finite any more after step "
                                      f"{step}: try a lower --lr")
         means = np.average(losses, axis=0, weights=sizes).tolist()
         self._print(means[0], end="\n")
@@ -317,7 +323,7 @@ MODELS = {  # --model
     "lavae": "LAVAE",
     "cvae": "CVAE, naive: told the {told}, shown all views",
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
-    "vae": "VAE of originals only, maps between its codes of the views"}
+    "vae": "VAE of originals only, maps between its latents of the views"}
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
 MODELS_WITH = {  # the options that go with some models only
     "baselines": ["lavae"], "heatmap": ["lavae"], "transfer": ["lavae", "vae"],
@@ -444,7 +450,7 @@ def build(settings: Settings) -> LAVAE | CVAE:
     model.orders = orders_of(settings.augs, settings.paper_involution)
     model.least_squares = settings.paper_involution
     if settings.joint:
-        lavae.learn_jointly(model, settings.joint, settings.involution_weight)
+        lavae.set_joint(model, settings.joint, settings.involution_weight)
     return model
 
 
@@ -453,7 +459,7 @@ def orders_of(augs: Sequence[str], paper_involution: bool = False) -> list[int |
     return [2 if paper_involution else ORDERS.get(aug) for aug in augs]
 
 
-def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> Tensor:
+def view_tensor(images: np.ndarray, augs: Sequence[str], device: torch.device) -> Tensor:
     """The views of uint8 images (N, 28, 28) on the device, (2^K, N, 28, 28)."""
     return torch.from_numpy(np.stack(all_views(images, augs))).to(device)
 
@@ -470,7 +476,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed,
                     checkpoint=checkpoint)
 
-    images = tensors(x_train, settings.augs, device)
+    images = view_tensor(x_train, settings.augs, device)
     print(settings.described())
     labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
     history["stage 1"] = stage1(
@@ -479,7 +485,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
         settings.prior_loss, settings.epochs, **schedule,
         recorder=Recorder(settings.out / "recording.pt") if settings.record else None)
     if isinstance(model, LAVAE):
-        latents = [model.encode(v) for v in singles(images)]
+        latents = [model.encode(v) for v in original_and_singles(images)]
         del images  # a transfer has others
         linear = settings.latent_map == "linear" and not settings.joint
         learn = stage2 if linear else partial(stage2_ablations, **schedule)
@@ -490,7 +496,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
             z = torch.stack(views(latents[0], model.maps))
         for names in settings.transfer:
             history["stage 3, " + "+".join(names)] = stage3(
-                model, names, z, tensors(x_train, names, device), settings.transfer_epochs,
+                model, names, z, view_tensor(x_train, names, device), settings.transfer_epochs,
                 **schedule | dict(lr=settings.lr / 2))
     metrics = {"config": settings.config(), "made": made_with(settings.device),
                "seconds": round(time.perf_counter() - start, 2), "history": history}
@@ -519,7 +525,7 @@ def run(settings: Settings) -> LAVAE | CVAE:
     """Train all that the settings ask for, and return the model (of several runs the first's).
 
     Raises OSError, ValueError: something is missing, in the way, or does not fit;
-    FloatingPointError: a loss is no number; KeyboardInterrupt: its text says how to go on.
+    FloatingPointError: a loss is not finite; KeyboardInterrupt: its text says how to go on.
     """
     device = lavae.verified_device(settings.device, AdaBelief)
     runs = [replace(one, device=device.type) for one in runs_of(settings)]
@@ -615,11 +621,11 @@ def how_to_train(group: argparse._ArgumentGroup) -> None:
         help="of the equivariance loss in stage 1 (default 150), on average: it grows from 0 to\n"
              "three times this; 0 leaves Eq. 5 as the paper has it")
     add("--involution-weight", type=weight, metavar="X",
-        help="of |I - L^k|^2 in stage 2 (default 1)")
+        help="of the involution term |I - L^k|^2 in stage 2 (default 1)")
     add("--paper-involution", action="store_true",
-        help="k = 2 for all, as in the paper, and an equivariance loss with least-squares maps;\n"
-             "without: 2 for flips, 4 for quarter turns; and a hundredth of |I - L L^T|^2 for\n"
-             "augmentations that never come back")
+        help="k = 2 for all, as in the paper; an equivariance loss has least-squares maps then.\n"
+             "Default: the order of the augmentation, 2 for flips, 4 for quarter turns; where no\n"
+             "power is the identity, a hundredth of |I - L L^T|^2")
     add("--prior-loss", choices=["kl", "mmd"], help="in stage 1 (default kl)")
 
 
