@@ -84,14 +84,17 @@ class GEGLU(nn.Module):
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
+    entry: what follows the linear layer, "relu", or "linear": nothing, as in the authors' code.
     `hidden` adds two layers of that width before the linear one, for the heads of stage 3 (the
     paper has none): views that look alike lie close together in z, and a head must recognise them.
     The first is a GEGLU layer, because the product of two latents can show which maps were applied,
     where the sign of one alone does not.
     """
 
-    def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0):
+    def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0,
+                 entry: str = "relu"):
         super().__init__()
+        self.entry = F.relu if entry == "relu" else nn.Identity()
         self.hidden = nn.Sequential(*[GEGLU(latent_dim, hidden), nn.Linear(hidden, hidden),
                                       nn.GELU()] if hidden else [])
         self.linear = nn.Linear(hidden or latent_dim, 2 * filters * 7 * 7)
@@ -100,7 +103,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent_dim) to logits of the pixels, (B, 28, 28)."""
-        h = F.relu(self.linear(self.hidden(z))).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
+        h = self.entry(self.linear(self.hidden(z))).unflatten(1, (-1, 7, 7))  # (B, 2C, 7, 7)
         h = F.relu(self.deconv1(h))  # (B, C, 14, 14)
         return self.deconv2(h).squeeze(1)
 
@@ -152,6 +155,8 @@ class LAVAE(nn.Module):
         latent_dim, filters: d and C of appendix C.
         latent_map: "linear", or for the ablation "mlp" or "mlp-wide".
         originals_only: the plain VAE among the baselines: stage 1 sees no augmented view.
+        head: "gated", or "plain": a transfer's decoder is like the first one, as in the paper.
+        entry: of all decoders, see `Decoder`.
 
     `decoder` draws the views that the latents were learnt from. A head draws others from the same
     latents: heads["shear_x+canny"] draws shear_x(x) from z L_1, although L_1 was learnt for
@@ -160,22 +165,24 @@ class LAVAE(nn.Module):
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"),
                  transfers: Sequence[Sequence[str]] = (), latent_dim: int = 16, filters: int = 64,
-                 latent_map: str = "linear", originals_only: bool = False):
+                 latent_map: str = "linear", originals_only: bool = False, head: str = "gated",
+                 entry: str = "relu"):
         super().__init__()
         self.augs, self.transfers = list(augs), [list(names) for names in transfers]
         self.arguments = dict(augs=self.augs, transfers=self.transfers, latent_dim=latent_dim,
-                              filters=filters, latent_map=latent_map, originals_only=originals_only)
+                              filters=filters, latent_map=latent_map, originals_only=originals_only,
+                              head=head, entry=entry)
         self.latent_dim = latent_dim
         self.stage1_views = [0] if originals_only else list(range(2 ** len(self.augs)))
         # What stage 1 asks of the latents, see `equivariance_loss`; set by `train.build`:
         self.orders: list[int | None] = [None] * len(self.augs)
         self.least_squares, self.joint, self.involution_weight = False, None, 1.0
         self.encoder = Encoder(latent_dim, filters)
-        self.decoder = Decoder(latent_dim, filters)
+        self.decoder = Decoder(latent_dim, filters, entry=entry)
         self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
         self.heads = nn.ModuleDict({
-            "+".join(names): Decoder(latent_dim, filters, hidden=HEAD_WIDTH * filters)
-            for names in self.transfers})
+            "+".join(names): Decoder(latent_dim, filters, HEAD_WIDTH * filters * (head == "gated"),
+                                     entry) for names in self.transfers})
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -479,11 +486,11 @@ class CVAE(nn.Module):
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"), condition: str = "view",
-                 latent_dim: int = 16, filters: int = 64):
+                 latent_dim: int = 16, filters: int = 64, entry: str = "relu"):
         super().__init__()
         self.augs, self.transfers, self.latent_dim = list(augs), [], latent_dim
         self.arguments = dict(augs=self.augs, condition=condition, latent_dim=latent_dim,
-                              filters=filters)
+                              filters=filters, entry=entry)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
         self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
@@ -493,7 +500,7 @@ class CVAE(nn.Module):
         self.register_buffer("view_conditions", conditions.float())  # a row for each view
         width = self.view_conditions.shape[1] + 10 * self.by_digit
         self.encoder = Encoder(latent_dim, filters, width)
-        self.decoder = Decoder(latent_dim + width, filters)  # for z and the condition, side by side
+        self.decoder = Decoder(latent_dim + width, filters, entry=entry)  # of z and the condition
 
     def conditions(self, views: Sequence[int], n: int, labels: Tensor | None = None) -> Tensor:
         """The conditions of n images under each view, (V n, width); labels (n,) for the digits."""

@@ -1104,12 +1104,13 @@ def test_a_head_learns_to_draw_the_same_image(run, data):
         assert own < 0.95 * another
 
 
-def test_a_head_learns_at_half_the_learning_rate(small_data, tmp_path, monkeypatch):
+def test_a_gated_head_learns_at_half_the_learning_rate(small_data, tmp_path, monkeypatch):
     peaks, fit = {}, train.fit
-    monkeypatch.setattr(train, "fit", lambda stage, losses_of, parameters, batches, epochs, lr, *more: (
-        peaks.update({stage: lr}), fit(stage, losses_of, parameters, batches, epochs, lr, *more))[1])
-    small(tmp_path / "run", "--epochs 1 --transfer-epochs 1 --lr 0.002")
-    assert peaks == {"stage 1": 0.002, "stage 3, shear_x+canny": 0.001}
+    monkeypatch.setattr(train, "fit", lambda stage, *these, lr, **more: (
+        peaks.update({stage: lr}), fit(stage, *these, lr=lr, **more))[1])
+    for head, peak in (("gated", 0.001), ("plain", 0.002)):
+        small(tmp_path / head, f"--epochs 1 --transfer-epochs 1 --lr 0.002 --head {head}")
+        assert peaks == {"stage 1": 0.002, "stage 3, shear_x+canny": peak}
 
 
 def test_finished_baselines_are_kept(small_data, tmp_path, capsys):

@@ -49,16 +49,16 @@ NOISE, SHUFFLE = 10 ** 6, 2 * 10 ** 6  # added to --seed: else noise and weights
 
 
 def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
-           weights: dict[str, float] = lavae.WEIGHTS, prior_loss: str = "kl", epochs: int = 1,
-           batch_size: int = 128, lr: float = 9e-3, seed: int = 0,
-           checkpoint: "Checkpoint | None" = None, recorder: "Recorder | None" = None
-           ) -> list[dict]:
+           weights: dict[str, float] = lavae.WEIGHTS, prior_loss: str = "kl",
+           batches_of: str = "images", batch_size: int = 128, seed: int = 0,
+           recorder: "Recorder | None" = None, **schedule) -> list[dict]:
     """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
 
     images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device. labels:
     (N,), for a CVAE that is told the digits. weights: of the losses, see `weights_at`. prior_loss:
-    "kl" or "mmd". batch_size counts views. Returns the history: one dict per epoch with the means
-    of the losses, in nats an image but for the equivariance loss.
+    "kl" or "mmd". batch_size counts views: all views of some images, or with batches_of "views" any
+    of them. `fit` takes the schedule. Returns the history: one dict per epoch with the means of
+    the losses, in nats an image but for the equivariance loss.
 
     A model may learn from fewer views than there are, and then sees each of them more often.
     """
@@ -72,29 +72,34 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     def losses_of(index, t):
         if recorder:
             recorder.record(t, model, images)
-        x = pixels(images[shown[:, None], index], model.encoder.dtype)  # (V, B, 28, 28)
+        if batches_of == "views":  # index counts all images under the first view, the second, ..
+            x = images[shown[index // images.shape[1]], index % images.shape[1]][None]
+        else:
+            x = images[shown[:, None], index]
+        x = pixels(x, model.encoder.dtype)  # (V, B, 28, 28)
         logits, mu, logvar = model(x, noise, None if labels is None else labels[index])
         losses = {"bce": bce(logits, x.flatten(0, 1)),
                   "kl": lavae.kl(mu, logvar) if prior_loss == "kl" else
                   lavae.mmd(mu, logvar, noise)}
         if equivariance:
             losses["equivariance"] = model.equivariance_loss(mu.unflatten(0, x.shape[:2]))
-        weight = weights_at(t, weights)
+        weight = weights if schedule.get("lr_schedule") == "constant" else weights_at(t, weights)
         return {"loss": sum(weight.get(name, 1) * loss for name, loss in losses.items()), **losses}
 
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if isinstance(model, LAVAE) and model.joint == "identity":
         parameters += model.maps.parameters()
     # A matrix fits as many images as there are latents, whatever they are: take twice as many.
-    batches = Batches(len(shown), images.shape[1], batch_size, seed,
+    together = 1 if batches_of == "views" else len(shown)  # views of an image in a batch
+    batches = Batches(together, len(shown) * images.shape[1] // together, batch_size, seed,
                       min_images=2 * model.latent_dim if equivariance else 1,
                       views_per_epoch=images.shape[:2].numel())
-    return fit("stage 1", losses_of, parameters, batches, epochs, lr, checkpoint,
-               {"noise": noise} | ({"recorder": recorder} if recorder else {}))
+    return fit("stage 1", losses_of, parameters, batches, **schedule,
+               state={"noise": noise} | ({"recorder": recorder} if recorder else {}))
 
 
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
-    """The weights of stage 1's losses at the share t of all steps.
+    """The weights of stage 1's losses at the fraction t of all steps, of a one-cycle schedule.
 
     The prior's grows for the first twentieth: at full weight from the start all latents may
     collapse to zero. The equivariance loss's grows with the square of t, to three times its mean:
@@ -154,14 +159,13 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     return history
 
 
-def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, epochs: int = 1,
-           batch_size: int = 128, lr: float = 4.5e-3, seed: int = 0,
-           checkpoint: "Checkpoint | None" = None) -> list[dict]:
+def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, batch_size: int = 128,
+           seed: int = 0, **schedule) -> list[dict]:
     """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
 
     z: (2^K, N, latent_dim), the originals' latents under every combination of the maps; images:
-    uint8 (2^K, N, 28, 28), the views to draw from them. Returns the history: one dict per epoch,
-    mean loss.
+    uint8 (2^K, N, 28, 28), the views to draw from them; `fit` takes the schedule. Returns the
+    history: one dict per epoch, mean loss.
     """
     print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
     head = model.heads["+".join(names)]
@@ -171,14 +175,13 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, epochs
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
     batches = Batches(len(images), images.shape[1], batch_size, seed)
-    return fit("stage 3, " + "+".join(names), losses_of, [*head.parameters()], batches, epochs, lr,
-               checkpoint)
+    return fit("stage 3, " + "+".join(names), losses_of, [*head.parameters()], batches, **schedule)
 
 
 def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0,
-                     batch_size: int = 128, lr: float = 9e-3, seed: int = 0,
-                     checkpoint: "Checkpoint | None" = None) -> list[dict]:
-    """Stage 2 of the ablations: arguments and result as there, but for least squares.
+                     batch_size: int = 128, seed: int = 0, **schedule) -> list[dict]:
+    """Stage 2 of the ablations: arguments and result as there, but for least squares; and `fit`'s
+    schedule.
 
     An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
     """
@@ -186,8 +189,8 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight:
     loss = partial(lavae.maps_loss, model.maps, model.orders, involution_weight)
     if not model.joint:
         fit("stage 2", lambda index, t: {"loss": loss(*(z[index] for z in latents))},
-            [*model.maps.parameters()], Batches(1, len(latents[0]), batch_size, seed), MLP_EPOCHS,
-            lr, checkpoint)
+            [*model.maps.parameters()], Batches(1, len(latents[0]), batch_size, seed),
+            epochs=MLP_EPOCHS, **schedule)
     with torch.no_grad():
         z = latents[0]
         return [{"map": aug, "error": (f(z) - z_i).square().mean().item(),
@@ -199,8 +202,9 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight:
 
 
 def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
-        parameters: list[Tensor], batches: "Batches", epochs: int, lr: float,
-        checkpoint: "Checkpoint | None" = None, state: dict | None = None) -> list[dict]:
+        parameters: list[Tensor], batches: "Batches", epochs: int = 1, lr: float = 9e-3,
+        lr_schedule: str = "one-cycle", checkpoint: "Checkpoint | None" = None,
+        state: dict | None = None) -> list[dict]:
     """Minimise losses_of(index, t)["loss"] with AdaBelief; returns each epoch's mean losses.
 
     index: the image numbers of a batch; t: the fraction of all steps that are done. With a
@@ -215,7 +219,7 @@ def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
     for epoch in range(len(history), epochs):
         for step, index in enumerate(batches, start=epoch * len(batches)):
             t = (step + 0.5) / (epochs * len(batches))
-            optimizer.param_groups[0]["lr"] = lr * one_cycle(t)
+            optimizer.param_groups[0]["lr"] = lr if lr_schedule == "constant" else lr * one_cycle(t)
             losses = losses_of(index.to(device), t)
             optimizer.zero_grad()
             losses["loss"].backward()
@@ -315,10 +319,15 @@ class Progress:
 
 # ---------------------------------------------------------------- from settings to a run
 
-PRESETS = {  # each of these is also an option of its own
-    "quick": dict(filters=16, epochs=2, transfer_epochs=1, batch_size=128, lr=9e-3),
-    "laptop": dict(filters=32, epochs=6, transfer_epochs=2, batch_size=128, lr=9e-3),
-    "paper": dict(filters=64, epochs=100, transfer_epochs=100, batch_size=64, lr=1e-3)}
+PRESETS = {  # each of these and of the next two is also an option of its own
+    "quick": dict(filters=20, epochs=2, transfer_epochs=1),
+    "laptop": dict(filters=32, epochs=6, transfer_epochs=2),
+    "paper": dict(filters=64, epochs=100, transfer_epochs=100)}  # and --as-published
+OURS = dict(lr=9e-3, lr_schedule="one-cycle", batches_of="images", batch_size=128,
+            decoder_entry="relu", equivariance_weight=150.0, paper_involution=False, head="gated")
+AS_PUBLISHED = dict(lr=1e-3, lr_schedule="constant", batches_of="views", batch_size=64,
+                    decoder_entry="linear", equivariance_weight=0.0, paper_involution=True,
+                    head="plain")
 MODELS = {  # --model
     "lavae": "LAVAE",
     "cvae": "CVAE, naive: told the {told}, shown all views",
@@ -328,10 +337,11 @@ MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_i
 MODELS_WITH = {  # the options that go with some models only
     "baselines": ["lavae"], "heatmap": ["lavae"], "transfer": ["lavae", "vae"],
     "no_transfer": ["lavae"], "condition": ["cvae"], "latent_map": ["lavae", "vae"],
-    "joint": ["lavae"], "record": ["lavae"]}
+    "joint": ["lavae"], "record": ["lavae"], "batches_of": ["lavae", "vae"],
+    "head": ["lavae", "vae"]}
 NO_RESULT = {  # the settings on which nothing that is written depends
-    "baselines", "heatmap", "all_targets", "no_transfer", "preset", "data_dir", "resume",
-    "overwrite", "out"}
+    "baselines", "heatmap", "all_targets", "no_transfer", "preset", "as_published", "data_dir",
+    "resume", "overwrite", "out"}
 
 
 @dataclass
@@ -346,16 +356,21 @@ class Settings:
     transfer: list[list[str]] | None = None
     no_transfer: bool = False
     preset: str = "laptop"
+    as_published: bool = False
     filters: int | None = None
     latent_dim: int = 16
     epochs: int | None = None
     transfer_epochs: int | None = None
-    batch_size: int | None = None
     lr: float | None = None
+    lr_schedule: str | None = None
+    batches_of: str | None = None
+    batch_size: int | None = None
+    decoder_entry: str | None = None
+    head: str | None = None
     kl_weight: float = 1.0
-    equivariance_weight: float = 150.0
+    equivariance_weight: float | None = None
     involution_weight: float = 1.0
-    paper_involution: bool = False
+    paper_involution: bool | None = None
     condition: str = "view"
     latent_map: str = "linear"
     joint: str | None = None
@@ -370,9 +385,16 @@ class Settings:
     out: Path | None = None
 
     def __post_init__(self):
+        others = [name for name, models in MODELS_WITH.items() if self.model not in models]
+        for name in others:
+            if getattr(self, name) not in (Settings.__dict__[name], []):
+                raise ValueError(f"{flag(name)} does not go with --model {self.model}, only with "
+                                 f"{' and '.join(MODELS_WITH[name])}: leave one out")
+        recipe = AS_PUBLISHED if self.as_published or self.preset == "paper" else OURS
+        for name, value in (PRESETS[self.preset] | recipe).items():
+            if getattr(self, name) is None and name not in others:
+                setattr(self, name, value)
         self._refuse_clashes()
-        for name, value in PRESETS[self.preset].items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         self.augs = list(self.augs or PAIRS[0])
         if self.transfer is None:
             default = self.model == "lavae" and len(self.augs) == 2 and not self.no_transfer
@@ -381,11 +403,7 @@ class Settings:
         self.out = Path(self.out or Path("runs", "heatmap" if self.heatmap else name))
 
     def _refuse_clashes(self):
-        augs, transfers, default = self.augs or PAIRS[0], self.transfer or [], Settings.__dict__
-        for name, models in MODELS_WITH.items():
-            if getattr(self, name) not in (default[name], []) and self.model not in models:
-                raise ValueError(f"{flag(name)} does not go with --model {self.model}, only with "
-                                 f"{' and '.join(models)}: leave one out")
+        augs, transfers = self.augs or PAIRS[0], self.transfer or []
         for clash, why in (
                 (self.all_targets and not self.heatmap,
                  "--all-targets goes with --heatmap only: add it, or leave it out"),
@@ -398,6 +416,9 @@ class Settings:
                  "--joint signs is a start for linear maps: leave --latent-map out"),
                 (self.joint and not self.equivariance_weight,
                  "--joint needs an --equivariance-weight above 0"),
+                (self.batches_of == "views" and self.equivariance_weight,
+                 "--batches-of views: the equivariance loss compares all views of an image, so add "
+                 "--equivariance-weight 0"),
                 (len(augs) > 5, "--augs: there are 2^K views of every image, so name five at most"),
                 (any(len(names) != len(augs) for names in transfers),
                  f"--transfer: name {len(augs)} augmentations, one for each of --augs "
@@ -433,7 +454,7 @@ def runs_of(settings: Settings) -> list[Settings]:
         return [replace(settings, heatmap=False, all_targets=False, augs=pair, transfer=targets,
                         out=settings.out / "+".join(pair)) for pair in PAIRS]
     plain = dict(baselines=False, latent_map="linear", joint=None, transfer=[], no_transfer=False,
-                 record=False)
+                 record=False, batches_of=None, head=None)
     others = [name for name in MODELS if name != "lavae"] * settings.baselines
     return [replace(settings), *(replace(settings, model=name, out=settings.out / name, **plain)
                                  for name in others)]
@@ -441,12 +462,13 @@ def runs_of(settings: Settings) -> list[Settings]:
 
 def build(settings: Settings) -> LAVAE | CVAE:
     """The untrained model."""
-    size = dict(latent_dim=settings.latent_dim, filters=settings.filters)
+    size = dict(latent_dim=settings.latent_dim, filters=settings.filters,
+                entry=settings.decoder_entry)
     if settings.model.startswith("cvae"):
         told = settings.condition if settings.model == "cvae" else "paired"
         return CVAE(settings.augs, told, **size)
     model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
-                  originals_only=settings.model == "vae", **size)
+                  originals_only=settings.model == "vae", head=settings.head, **size)
     model.orders = orders_of(settings.augs, settings.paper_involution)
     model.least_squares = settings.paper_involution
     if settings.joint:
@@ -474,7 +496,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     model = lavae.channels_last(build(settings).to(device))
     checkpoint = Checkpoint(settings.out / "state.pt")
     schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed,
-                    checkpoint=checkpoint)
+                    lr_schedule=settings.lr_schedule, checkpoint=checkpoint)
 
     images = view_tensor(x_train, settings.augs, device)
     print(settings.described())
@@ -482,7 +504,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
     history["stage 1"] = stage1(
         model, images, labels, {"kl": settings.kl_weight,
                                 "equivariance": settings.equivariance_weight},
-        settings.prior_loss, settings.epochs, **schedule,
+        settings.prior_loss, settings.batches_of, epochs=settings.epochs, **schedule,
         recorder=Recorder(settings.out / "recording.pt") if settings.record else None)
     if isinstance(model, LAVAE):
         latents = [model.encode(v) for v in original_and_singles(images)]
@@ -496,8 +518,9 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
             z = torch.stack(views(latents[0], model.maps))
         for names in settings.transfer:
             history["stage 3, " + "+".join(names)] = stage3(
-                model, names, z, view_tensor(x_train, names, device), settings.transfer_epochs,
-                **schedule | dict(lr=settings.lr / 2))
+                model, names, z, view_tensor(x_train, names, device),
+                epochs=settings.transfer_epochs,
+                **schedule | dict(lr=settings.lr / 2 if settings.head == "gated" else settings.lr))
     metrics = {"config": settings.config(), "made": made_with(settings.device),
                "seconds": round(time.perf_counter() - start, 2), "history": history}
     (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -543,6 +566,16 @@ def run(settings: Settings) -> LAVAE | CVAE:
 
 
 # ---------------------------------------------------------------- the command line
+
+
+AS_PUBLISHED_HELP = (
+    "the method as the paper and the authors' code have it; all these options together:\n  "
+    + " ".join(f"{flag(name)} {value}" for name, value in AS_PUBLISHED.items()
+               if value is not True).replace(" --decoder", "\n  --decoder")
+    + " --paper-involution\n"
+    "What stays ours changes no result that the paper defines: stage 2 finds the minimum of Eq. 6\n"
+    "from the moments of all latents, started at least squares (from a random start the\n"
+    "involution term can hold a map at wrong signs), and augmentations are fixed functions")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -605,17 +638,28 @@ def how_to_train(group: argparse._ArgumentGroup) -> None:
     add, count, weight = group.add_argument, number(int, 1, 10 ** 6), number(float, 0, 10 ** 6)
     add("--preset", choices=PRESETS, help="(default laptop)\n" + "\n".join(
         f"{name}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
-        for name, preset in PRESETS.items()))
+        for name, preset in PRESETS.items()) + "; implies --as-published")
+    add("--as-published", action="store_true", help=AS_PUBLISHED_HELP)
     add("--filters", type=number(int, 1, 512), metavar="N",
         help="of the first convolution (appendix C)")
     add("--latent-dim", type=number(int, 1, 512), metavar="N", help="(default 16)")
     add("--epochs", type=count, metavar="N", help="of stage 1, over all views of all images")
     add("--transfer-epochs", type=count, metavar="N", help="of stage 3, the same for each head")
-    add("--batch-size", type=number(int, 1, 8192), metavar="N",
-        help="images a step, all views counted; with the equivariance loss stage 1 takes\n"
-             "2 * latent dim * views or more, because a map fits fewer whatever they are")
     add("--lr", type=number(float, 1e-9, 1e3), metavar="X",
-        help="the learning rate's peak in stage 1; in stage 3 it is half of this")
+        help="the learning rate's peak in stage 1 (default 9e-3); half of it for gated heads")
+    add("--lr-schedule", choices=["one-cycle", "constant"],
+        help="one-cycle (default): the learning rate rises for a quarter of the steps, then falls\n"
+             "to 0, and the prior's weight grows for a twentieth; constant: both from the start")
+    add("--batches-of", choices=["images", "views"],
+        help="in stage 1: all views of the same images (default), or any views of any images")
+    add("--batch-size", type=number(int, 1, 8192), metavar="N",
+        help="augmented images a step (default 128); with the equivariance loss stage 1 takes\n"
+             "2 * latent dim * views or more, because a map fits fewer whatever they are")
+    add("--decoder-entry", choices=["relu", "linear"],
+        help="what follows a decoder's linear layer (default relu; linear: nothing)")
+    add("--head", choices=["gated", "plain"],
+        help="a transfer's decoder: with two more layers, the first gated (default), or like the\n"
+             "first decoder")
     add("--kl-weight", type=weight, metavar="X", help="in stage 1 (default 1)")
     add("--equivariance-weight", type=weight, metavar="X",
         help="of the equivariance loss in stage 1 (default 150), on average: it grows from 0 to\n"
