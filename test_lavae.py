@@ -1159,6 +1159,86 @@ def test_the_workflow_runs_readmes_commands():
         assert word in workflow
 
 
+RUNGS = [("--as-published", ""),  # from the paper's method to ours, and what each rung adds
+         ("--equivariance-weight 0 --paper-involution --head plain",
+          "lr lr_schedule batches_of batch_size decoder_entry"),
+         ("--equivariance-weight 0 --head plain", "paper_involution"),
+         ("--head plain", "equivariance_weight"), ("", "head")]
+
+
+def test_each_rung_of_the_ladder_differs_in_what_it_names():
+    configs = [settings_of(*words.split()).config() for words, _ in RUNGS]
+    for before, after, (_, names) in zip(configs, configs[1:], RUNGS[1:]):
+        assert {key for key in after if after[key] != before[key]} == set(names.split())
+    ours, published = configs[-1], configs[0]
+    assert {key: published[key] for key in train.AS_PUBLISHED} == train.AS_PUBLISHED
+    assert {key: ours[key] for key in train.OURS} == train.OURS
+    named = [word for key, value in train.AS_PUBLISHED.items()
+             for word in ([train.flag(key)] if value is True else [train.flag(key), f"{value}"])]
+    assert settings_of(*named).config() == published  # one word for these options
+    assert settings_of("--as-published", "--lr", "0.1").lr == 0.1
+    wide = settings_of("--preset", "paper").config()
+    assert {key for key in wide if wide[key] != published[key]} == {
+        "filters", "epochs", "transfer_epochs"}
+    assert train.runs_of(settings_of("--as-published", "--baselines"))[1].lr_schedule == "constant"
+
+
+def test_the_published_model_has_the_papers_parameters_and_no_others():
+    """Appendix C with C = 64 and d = 16, written out."""
+    settings = settings_of("--preset", "paper", "--transfer", "shear_x", "canny", "--transfer", "canny", "shear_x")
+    model = train.build(settings)
+    encoder = (16 + 1) * 64 + (64 * 16 + 1) * 128 + (128 * 7 * 7 + 1) * 32
+    decoder = (16 + 1) * 128 * 7 * 7 + (128 * 16) * 64 + 64 + 64 * 16 + 1
+    assert sum(p.numel() for p in model.parameters()) == encoder + 3 * decoder + 2 * 16 * 16
+    assert (encoder, decoder) == (333_024, 238_785)
+    assert [tuple(L.shape) for L in model.maps.parameters()] == [(16, 16)] * 2
+    z = torch.randn(5, 16)
+    for one in (model.decoder, *model.heads.values()):  # linear layer, two transposed convolutions, a ReLU between
+        h = torch.nn.functional.linear(z, one.linear.weight, one.linear.bias).reshape(5, 128, 7, 7)
+        h = torch.nn.functional.conv_transpose2d(h, one.deconv1.weight, one.deconv1.bias, 2, 1).relu()
+        h = torch.nn.functional.conv_transpose2d(h, one.deconv2.weight, one.deconv2.bias, 2, 1)
+        assert torch.allclose(one(z), h[:, 0], atol=1e-5)
+
+
+def test_stage_1_as_published_is_bce_and_kl_at_a_constant_rate(small_data, tmp_path, monkeypatch):
+    """Every step's gradient beside one written here with plain torch, from the first step on."""
+    steps, step = [], adabelief.AdaBelief.step
+    encoder, sample = lavae.Encoder.forward, lavae.sample
+    seen = []
+
+    def checked(self, closure=None):
+        group = self.param_groups[0]
+        steps.append((group["lr"], [p.detach().clone() for p in group["params"]],
+                      [p.grad.clone() for p in group["params"]]))
+        return step(self, closure)
+
+    monkeypatch.setattr(lavae.Encoder, "forward", lambda self, x: seen.append([x]) or encoder(self, x))
+    monkeypatch.setattr(train.lavae, "sample", lambda mu, logvar, noise: (
+        seen[-1].append(z := sample(mu, logvar, noise)), z)[1])
+    monkeypatch.setattr(adabelief.AdaBelief, "step", checked)
+    with stopped(5, Killed):
+        small(tmp_path, "--as-published --no-transfer")
+    assert len(steps) == 5 and {lr for lr, *_ in steps} == {1e-3}
+    views = {v.tobytes() for v in np.concatenate(augment.all_views(small_data[0], ["flip_lr", "flip_ud"]))}
+    originals = {v.tobytes(): i for i, v in enumerate(small_data[0])}
+    f = torch.nn.functional
+    for (_, weights, gradients), (x, z) in zip(steps, seen):
+        images = (255 * x).round().byte().numpy()
+        assert len(x) == 64 and all(image.tobytes() in views for image in images)
+        assert len({originals.get(image.tobytes()) for image in images}) < 40  # any views of any images
+        c1, b1, c2, b2, w, b, dw, db, d1, e1, d2, e2 = ws = [p.requires_grad_() for p in weights]
+        h = f.conv2d(f.conv2d(x[:, None], c1, b1, 2, 1).relu(), c2, b2, 2, 1).relu().flatten(1)
+        mu, logvar = f.linear(h, w, b).chunk(2, 1)
+        with torch.no_grad():
+            eps = (z - mu) / (logvar / 2).exp()
+        h = f.linear(mu + (logvar / 2).exp() * eps, dw, db).unflatten(1, (-1, 7, 7))
+        logits = f.conv_transpose2d(f.conv_transpose2d(h, d1, e1, 2, 1).relu(), d2, e2, 2, 1)[:, 0]
+        loss = f.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        loss = (loss + 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum()) / len(x)
+        for ours, expected in zip(gradients, torch.autograd.grad(loss, ws)):
+            assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
 def test_presets_fill_in_and_options_win():
     assert settings_of().filters == 32 and settings_of("--preset", "paper").filters == 64
     paper = settings_of("--preset", "paper", "--epochs", "7")
@@ -1864,6 +1944,8 @@ def test_40_pictures_are_recognised(tmp_path):
     (["--heatmap", "--augs", "flip_lr", "flip_ud"], ["--heatmap", "leave --augs"]),
     (["--heatmap", "--model", "vae"], ["--heatmap", "--model vae"]),
     (["--all-targets"], ["--all-targets", "--heatmap"]),
+    (["--batches-of", "views"], ["--batches-of", "--equivariance-weight 0"]),
+    (["--head", "plain", "--model", "cvae"], ["--head", "--model cvae"]),
     (["--transfer", "canny", "shear_x", "--model", "cvae"], ["--transfer", "--model cvae"]),
     (["--model", "gan"], ["gan", "cvae-paired"]),
     (["--data-dir", "nowhere"], ["mnist.npz is missing", "leave --data-dir out"]),
