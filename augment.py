@@ -552,8 +552,12 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
         [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
 
 
-def save(page: Image.Image | list[Image.Image], path: Path) -> None:
-    """Write a page, or pages as a moving picture. Raises OSError, ValueError: they name it."""
+def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
+    """Write a page, pages as a moving picture, or a text. Raises OSError, ValueError: they name it.
+    """
+    if isinstance(page, str):
+        path.write_text(page, encoding="utf-8")
+        return
     first, *more = page if isinstance(page, list) else [page]
     try:
         first.save(path, **dict(save_all=True, append_images=more, duration=120, loop=0)

@@ -15,6 +15,7 @@ an image, from posterior means, without sampling.
 """
 
 import argparse
+import base64
 import json
 import math
 import statistics
@@ -974,13 +975,37 @@ def training_moving(run):
         for t, pictures, points in zip(frames["t"], drawn, plane)]
 
 
+def page(run, steps=20):
+    """a page for the browser (HTML): draw a digit, and see what the maps make of it"""
+    model = run.linear()
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith("maps")}
+    for name in ("encoder.linear.weight", "encoder.linear.bias"):
+        state[name] = state[name][:model.latent_dim]  # of mu; logvar is not needed
+
+    def halves(t):  # as little-endian float16
+        return base64.b64encode(t.cpu().numpy().astype("<f2").tobytes()).decode()
+
+    content = {
+        "latent_dim": model.latent_dim, "entry": model.arguments["entry"], "views": run.names,
+        "tensors": {name: [list(t.shape), halves(t)] for name, t in state.items()},
+        "maps": [{"name": aug, "L": f.L.flatten().tolist(),
+                  "inverse": f.inverse(torch.eye(model.latent_dim).to(f.L)).flatten().tolist(),
+                  "powers": halves(torch.stack([matrix_power(f.L, t / steps)
+                                                for t in range(steps + 1)]))}
+                 for aug, f in zip(model.augs, model.maps)],
+        "heads": [[name, view_names(name.split("+"))] for name in model.heads],
+        "digits": [base64.b64encode(digit.tobytes()).decode() for digit in run.digits]}
+    template = Path(__file__).with_name("assets") / "page.html"
+    return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
+
+
 # By name; --list prints their docstrings. Each takes a Run and returns a page, a list of pages (a
-# GIF), or pages by name; it raises NotAvailable where the run lacks what it needs.
+# GIF), a text (HTML), or pages by name; it raises NotAvailable where the run lacks what it needs.
 FIGURES: dict[str, Callable] = {f.__name__: f for f in (
     fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae,
     fig10_projections, sampling, interpolation, any_to_any, table1, group_elements, eigenvalues,
     partial_augmentation, partial_moving, reconstructions, prior_samples, traversals, latent_plane,
-    training_curves, training_moving)}
+    training_curves, training_moving, page)}
 
 # ---------------------------------------------------------------- from the command line to files
 
@@ -993,7 +1018,7 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
         try:
             pages = f(run)
             for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-                path = run.folder / f"{part}.{'gif' if isinstance(page, list) else 'png'}"
+                path = run.folder / f"{part}.{({list: 'gif', str: 'html'}).get(type(page), 'png')}"
                 save(page, path)
                 print(f"  {path}  {time.perf_counter() - start:.1f} s", flush=True)
         except NotAvailable as error:

@@ -8,11 +8,13 @@
     python test_lavae.py tables     # README's numbers, made from there
 """
 
+import base64
 import builtins
 import contextlib
 import copy
 import errno
 import functools
+import html
 import http.client
 import io
 import itertools
@@ -1911,6 +1913,110 @@ def test_40_pictures_are_recognised(tmp_path):
         hits += ((drawn[k % 10] - x / 255).square().sum((1, 2)).argmin() == k % 10).item()
     print(f"{hits} of 40")
     assert hits >= 36
+
+
+# ---------------------------------------------------------------- the page, in a browser
+
+CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(not CHROME, reason="needs Chromium or Chrome")
+
+
+def in_browser(page, script, folder):
+    """What the body of an async function, appended to the page's text, returns, and what went wrong."""
+    early = ("<script>var failures = []; onerror = message => failures.push(String(message));"
+             "console.error = (...words) => failures.push(words.join(' '));</script>")
+    late = ("<pre id='result'></pre><script>const frame = () => new Promise(done => setTimeout(done, 50));"
+            "const sums = () => [...document.querySelectorAll('#pictures canvas')].map(canvas => canvas.getContext('2d')"
+            ".getImageData(0, 0, 28, 28).data.reduce((sum, v, i) => sum + (i % 4 ? 0 : v), 0));"
+            f"(async () => {{ {script} }})().then(value => byId('result').textContent = JSON.stringify({{value, failures,"
+            "loaded: performance.getEntriesByType('resource').length}), error => byId('result').textContent ="
+            "JSON.stringify({failures: [String(error)]}));</script>")
+    copy = folder / "copy of it.html"
+    copy.write_text(page.replace("<head>", f"<head>{early}").replace("</body>", f"{late}</body>"), encoding="utf-8")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+             "--virtual-time-budget=30000", "--dump-dom"]
+    dom = subprocess.run([CHROME, *words, copy.as_uri()], capture_output=True, timeout=120).stdout.decode("utf-8")
+    found = json.loads(html.unescape(re.search("<pre id=.result.>(.*?)</pre>", dom, re.DOTALL)[1]))
+    assert found["failures"] == [] and found["loaded"] == 0, found
+    return found["value"]
+
+
+@browser
+def test_the_page_computes_what_torch_does(run, data, tmp_path):
+    one, model = evaluated_run(*run, few(data)), run[1]
+    page = evaluate.page(one)
+    assert not re.search(r"https?:|fetch|XMLHttp|@import|src=|href=", page.split(">MODEL<")[0][:20_000])
+    rows = in_browser(page, """
+        return model.digits.map(text => {
+            const z = encode(Float32Array.from(bytes(text), v => v / 255)), half = map => {
+                const powers = halves(map.powers), k = (powers.length / d / d - 1) / 2;
+                return [...decode(times(z, powers.subarray(k * d * d, (k + 1) * d * d)))];
+            };
+            return {z: [...z], views: model.views.map((_, v) => [...decode(ofView(z, v))]),
+                    back: model.maps.map(map => [...decode(times(z, map.inverse))]), half: model.maps.map(half),
+                    head: model.views.map((_, v) => [...decode(ofView(z, v), "heads.shear_x+canny")])};
+        });""", tmp_path)
+    z = one.encode(one.digits)
+    assert len(rows) == len(z) == 10
+
+    def drawn(decoder, *latents):  # (10, .., 784)
+        return torch.stack([decoder(one).sigmoid().flatten(1) for one in latents], 1)
+
+    for key, expected, bound in (
+            ("z", z, 0.01), ("views", drawn(model.decoder, *augment.views(z, model.maps)), 0.01),
+            ("back", drawn(model.decoder, *(f.inverse(z) for f in model.maps)), 0.01),
+            ("half", drawn(model.decoder, *(z @ lavae.matrix_power(f.L, 0.5) for f in model.maps)), 0.01),
+            ("head", drawn(model.heads["shear_x+canny"], *augment.views(z, model.maps)), 0.01)):
+        ours = torch.tensor([row[key] for row in rows])
+        assert ours.shape == expected.shape and (ours - expected).abs().max() < bound, key
+
+
+@browser
+def test_the_page_can_be_drawn_on(run, data, tmp_path):
+    """With a pen, with keys, with an eraser; sliders and buttons change what is shown, Clear empties it."""
+    found = in_browser(evaluate.page(evaluated_run(*run, few(data))), """
+        const point = (kind, x, y) => { const box = paper.getBoundingClientRect(); paper.dispatchEvent(new PointerEvent(kind,
+            {clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1, pointerId: 1})); };
+        const line = (...points) => points.forEach((p, i) => point(i ? "pointermove" : "pointerdown", ...p));
+        const input = (one, value) => { one.value = value; one.dispatchEvent(new Event("input")); };
+        const press = words => [...document.querySelectorAll("button")].find(b => b.textContent === words).click();
+        const steps = {}, step = async name => { await frame(); steps[name] = sums(); };
+        await step("first"); press("Another test digit"); await step("another"); press("Clear"); await step("clear");
+        line([.3, .2], [.7, .2], [.4, .8]); await step("drawn"); const seen = [...x], ink = paper.toDataURL();
+        press("Eraser"); line([.3, .2], [.7, .2]); await step("erased"); press("Clear"); press("Pen");
+        for (const key of ["ArrowRight", "ArrowDown", "ArrowDown"]) paper.dispatchEvent(new KeyboardEvent("keydown", {key}));
+        await step("keys"); press("Another test digit"); await step("digit");
+        const [z1, ...rest] = document.querySelectorAll("#latents input"), before = z[0];
+        input(z1, 3); await step("moved"); const now = z[0];
+        input(document.querySelector("section input"), 1); await step("whole");
+        press("L1"); press("L2−1"); await frame(); const words = formula.textContent; press("Undo"); await step("chain");
+        return {steps, seen, ink, before, now, words, sliders: rest.length + 1,
+                labels: [...document.querySelectorAll("input")].every(one => one.labels.length === 1)};""", tmp_path)
+    steps = found["steps"]
+    assert steps["first"][0] != steps["another"][0] > 0 == steps["clear"][0]
+    assert steps["drawn"][0] > steps["erased"][0] > 0 and steps["keys"][0] > 0
+    assert steps["drawn"][1:] != steps["clear"][1:] and len(steps["drawn"]) == 2 + 4 + 2 + 1 + 4
+    assert found["now"] == 3 != found["before"] and steps["moved"][0] == steps["digit"][0]
+    assert steps["moved"][1] != steps["digit"][1]
+    assert steps["whole"][6] == pytest.approx(steps["whole"][3], abs=30) != steps["moved"][6]  # L^1 is L
+    assert found["words"] == "D(E(x) L1 L2−1)"
+    assert steps["chain"][8] == pytest.approx(steps["whole"][3], abs=30)
+    assert found["sliders"] == 16 and found["labels"]
+    (tmp_path / "ink.png").write_bytes(base64.b64decode(found["ink"].split(",")[1]))
+    ours, expected = np.array(found["seen"]), augment.like_mnist(tmp_path / "ink.png").ravel() / 255
+    assert np.corrcoef(ours, expected)[0, 1] > 0.9  # prepared like a photo of it
+    rows, columns = (np.flatnonzero(ours.reshape(28, 28).max(axis) > 0.1) for axis in (1, 0))
+    assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20, 21)
+    for axis in (0, 1):
+        mass = ours.reshape(28, 28).sum(axis)
+        assert abs(mass @ np.arange(28) / mass.sum() - 13.5) < 0.6
+
+
+def test_who_cannot_have_a_page_is_told(trained, small_data, tmp_path):
+    for words, said in (("--model cvae", "a LAVAE"), ("--latent-map mlp --no-transfer", "linear maps")):
+        out = shutil.copytree(trained(f"--epochs 1 {words}"), tmp_path / words.split()[1])
+        refused(evaluate.main, [out, "--device", "cpu", "--only", "page"], f"page needs {said}")
+        assert not (out / "page.html").exists()
 
 
 # ---------------------------------------------------------------- bad input

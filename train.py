@@ -765,7 +765,8 @@ def begin(settings: Settings) -> None:
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
-            for pattern in ("state.pt", "recording.pt", "evaluation.json", "*.png", "*.gif"):
+            for pattern in ("state.pt", "recording.pt", "evaluation.json", "page.html", "*.png",
+                            "*.gif"):
                 for path in settings.out.glob(pattern):
                     path.unlink(missing_ok=True)
         open(state, "xb").close()
