@@ -19,6 +19,8 @@ import math
 import re
 import sys
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -277,15 +279,19 @@ CLASSES = {"mnist": [*"0123456789"],
            "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]}
 
 
-def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tuple[np.ndarray, ...]:
-    """(x_train, y_train, x_test, y_test): images uint8 (N, 28, 28), labels uint8 (N,).
+def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tuple:
+    """(x_train, y_train, x_test, y_test): images uint8 (N, 28, 28), labels integers (N,) or None.
 
-    MNIST comes with the repository; torchvision downloads the others to `data_dir`.
+    MNIST comes with the repository; torchvision downloads the others to `data_dir`; a name that
+    ends in .npz is a file of one's own, see `load_npz`, and `pinned` adds its digest to the name.
 
     Raises:
         OSError: a file is missing, damaged or cannot be downloaded; the message says what to do.
+        ValueError: a .npz file does not hold what it should.
     """
     data_dir = Path(data_dir)
+    if ".npz" in dataset:
+        return load_npz(dataset, data_dir)[0]
     if dataset == "mnist":
         path, cure = data_dir / "mnist.npz", "restore it: git checkout -- data/mnist.npz"
         if data_dir.resolve() != DATA_DIR:
@@ -309,6 +315,61 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
     except Exception as error:  # no network, and whatever half a file may raise
         raise OSError(f"cannot get {dataset}: check the network, remove "
                       f"{data_dir / DATASETS[dataset]}, try again ({_one_line(error)})") from error
+
+
+def pinned(dataset: str) -> str:
+    """The name of a data set; of a .npz file with the start of its SHA-256, "letters.npz#1f0c..",
+    so that another file of the same name is noticed. Raises OSError: there is no such file."""
+    if not dataset.endswith(".npz"):
+        return dataset
+    return f"{dataset}#{hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]}"
+
+
+def load_npz(dataset: str, data_dir: Path = DATA_DIR) -> tuple[tuple, list[str] | None]:
+    """What `load_images` gives, and the names of the classes or None, from a .npz file of one's
+    own.
+
+    It holds x_train and x_test, y_train and y_test (as Keras names them), or train_images and
+    test_images, train_labels and test_labels (MedMNIST): uint8 (N, 28, 28), 200 or more, and
+    integers (N,) or (N, 1) from 0 on. The labels may be missing; class_names may name them.
+    Nothing is unpickled. Raises OSError; ValueError: it holds something else.
+    """
+    name, _, digest = dataset.partition("#")
+    path = Path(name) if Path(name).is_file() else data_dir / Path(name).name
+    if digest and pinned(str(path)).partition("#")[2] != digest:
+        raise ValueError(f"{path} is not the file that the model was trained on: restore that one")
+    try:
+        with np.load(path) as file:
+            content = {key: file[key] for key in file.files if not key.startswith("val_")}
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz file of plain arrays ({_one_line(error)})") from error
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    if "x_train" not in content:
+        keys = ("train_images", "train_labels", "test_images", "test_labels")
+    x_train, y_train, x_test, y_test = (content.get(key) for key in keys)
+    names = content["class_names"].astype(str).tolist() if "class_names" in content else None
+    for key, x in zip(keys[::2], (x_train, x_test)):
+        _expect(x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) >= 200,
+                f"{path} to hold 200 or more images, uint8 (N, 28, 28), as {key}", _kind(x))
+    if y_train is None and y_test is None:
+        return (x_train, None, x_test, None), names
+    ys = []
+    for key, x, y in zip(keys[1::2], (x_train, x_test), (y_train, y_test)):
+        good = y is not None and y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1))
+        _expect(good and y.min() >= 0 and y.max() < (len(names) if names else 1000),
+                f"{path} to hold a label for each image, integers from 0 on, as {key}", _kind(y))
+        ys.append(y.ravel().astype(np.int64))
+    return (x_train, ys[0], x_test, ys[1]), names
+
+
+def _kind(array):
+    return "nothing" if array is None else f"{array.dtype} {array.shape}"
+
+
+def class_names(dataset: str, labels: np.ndarray | None, data_dir: Path = DATA_DIR) -> list[str]:
+    """The names of the classes 0, 1, .. of a data set whose labels these are."""
+    names = load_npz(dataset, data_dir)[1] if ".npz" in dataset else CLASSES[dataset]
+    return names or [str(label) for label in range(1 if labels is None else labels.max() + 1)]
 
 
 def _one_line(error):
@@ -571,7 +632,7 @@ def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The second image of each class, in order (the first 5 of MNIST's test set reads as an S)."""
-    return images[[np.flatnonzero(labels == label)[1] for label in np.unique(labels)]]
+    return images[[np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)]]
 
 
 # ---------------------------------------------------------------- command line

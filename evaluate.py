@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 import lavae
 from adabelief import AdaBelief
-from augment import (AUGMENTATIONS, CLASSES, DATA_DIR, ORDERS, PAIRS, all_views, box,
-                     grid, like_mnist, load_images, one_line_errors, one_of_each, save, table,
+from augment import (AUGMENTATIONS, DATA_DIR, ORDERS, PAIRS, all_views, box, class_names, grid,
+                     like_mnist, load_images, one_line_errors, one_of_each, save, table,
                      text, titled, view_names, views)
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, matrix_power, order_error, apply_in_order, pixels
+from lavae import BLOCK, CVAE, LAVAE, LatentMap, apply_in_order, matrix_power, order_error, pixels
 
 LABELS = {"lavae": "LAVAE", "cvae": "CVAE, naive", "cvae-paired": "CVAE, paired",
           "vae": "VAE of originals"}
@@ -194,9 +194,10 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
                      device: torch.device) -> list[Tensor]:
     """What makes the decoder draw each view, from the codes of originals x, uint8 (N, 28, 28).
 
-    y: their digits (N,), for a CVAE that is told them.
+    y: their digits (N,), for a CVAE that is told them, or None.
     """
-    told = {"labels": torch.from_numpy(y).long().to(device)} if isinstance(model, CVAE) else {}
+    told = {"labels": torch.from_numpy(y).long().to(device)} if getattr(
+        model, "by_digit", False) else {}
     z = model.encode(torch.from_numpy(x).to(device), **told)
     return [model.to_view(z, v, **told) for v in range(2 ** len(model.augs))]
 
@@ -510,15 +511,15 @@ class Run:
     data: Sequence[np.ndarray]  # as load_images gives it
     digits: np.ndarray  # uint8 (n, 28, 28), one image of each class
     labels: np.ndarray  # (n,), their classes
+    columns: Sequence[str]  # (n,), what these are called
     device: torch.device
     seed: int
 
     def __post_init__(self):
-        """The names of things: augmentations, views, columns, and what is behind z in formulas: for
-        each view, and last for the reverse composition."""
+        """The names of things: augmentations, views, and what is behind z in formulas, for each
+        view and last for the reverse composition."""
         first = next(iter(self.models.values()))
         self.augs, self.settings, self.names = first.augs, first.settings, view_names(first.augs)
-        self.columns = [CLASSES[self.dataset][label] for label in self.labels]
         order = range(1, len(self.augs) + 1)
         self.products = [*views("", [lambda s, i=i: f"{s} L{i}" for i in order]),  # "", " L1", ..
                          "".join(f" L{i}" for i in reversed(order))]
@@ -1047,8 +1048,8 @@ def parser_of() -> argparse.ArgumentParser:
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: all under runs/)")
     add("--only", nargs="+", metavar="NAME", choices=FIGURES, help="draw these figures, no more")
     add("--list", action="store_true", help="name the figures, and end")
-    add("--digits", nargs="+", type=int, choices=range(10), metavar="D",
-        help="the classes that the figures show (default: all)")
+    add("--digits", nargs="+", type=int, metavar="D",
+        help="the classes that the figures show, by number (default: the first ten)")
     add("--seed", type=int, default=0, metavar="N", help="of what is sampled (default 0)")
     add("--image", nargs="+", type=Path, metavar="FILE",
         help="show these pictures or photos of a digit each through the maps")
@@ -1107,9 +1108,17 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
         models = models_in(folder, device)
         dataset = next(iter(models.values())).settings["dataset"]
         data = data_of(dataset)
-        labels = np.unique(options.digits or data[3])
-        runs.append(Run(folder, models, dataset, data, one_of_each(*data[2:])[labels], labels,
-                        device, options.seed))
+        labels, names = data[3], class_names(dataset, data[3], options.data_dir)
+        if labels is None:  # then the first ten images stand for all
+            digits, labels, names = data[2][:10], np.zeros(10, int), [""] * 10
+        else:
+            known = np.unique(labels)
+            if unknown := [digit for digit in options.digits or () if digit not in known]:
+                raise ValueError(f"--digits {unknown[0]}: {dataset} has no test image of it")
+            chosen = np.isin(labels, options.digits or known[:10])
+            digits, labels = one_of_each(data[2][chosen], labels[chosen]), np.unique(labels[chosen])
+            names = [names[label] for label in labels]
+        runs.append(Run(folder, models, dataset, data, digits, labels, names, device, options.seed))
     return runs
 
 

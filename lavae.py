@@ -479,18 +479,19 @@ class CVAE(nn.Module):
 
     condition: what those numbers are:
         "view"      one-hot of the view: all views are encoded and reconstructed ("naive")
-        "digit"     one-hot of the digit, labels 0 to 9: likewise
+        "digit"     one-hot of the digit, labels 0 to classes - 1: likewise
         "both"      the two together
         "paired"    a bit for each augmentation: originals are encoded, and decoded to themselves
                     and to each single augmentation; two bits at once are never shown
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"), condition: str = "view",
-                 latent_dim: int = 16, filters: int = 64, entry: str = "relu"):
+                 latent_dim: int = 16, filters: int = 64, entry: str = "relu", classes: int = 10):
         super().__init__()
         self.augs, self.transfers, self.latent_dim = list(augs), [], latent_dim
+        self.classes = classes
         self.arguments = dict(augs=self.augs, condition=condition, latent_dim=latent_dim,
-                              filters=filters, entry=entry)
+                              filters=filters, entry=entry, classes=classes)
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
         self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
@@ -498,7 +499,7 @@ class CVAE(nn.Module):
                       "digit": torch.zeros(n, 0), "view": torch.eye(n), "both": torch.eye(n)}[
                           condition]
         self.register_buffer("view_conditions", conditions.float())  # a row for each view
-        width = self.view_conditions.shape[1] + 10 * self.by_digit
+        width = self.view_conditions.shape[1] + classes * self.by_digit
         self.encoder = Encoder(latent_dim, filters, width)
         self.decoder = Decoder(latent_dim + width, filters, entry=entry)  # of z and the condition
 
@@ -506,7 +507,7 @@ class CVAE(nn.Module):
         """The conditions of n images under each view, (V n, width); labels (n,) for the digits."""
         conditions = self.view_conditions[views].repeat_interleave(n, dim=0)
         if self.by_digit:
-            digits = F.one_hot(labels, 10).to(conditions)
+            digits = F.one_hot(labels, self.classes).to(conditions)
             conditions = torch.cat([conditions, digits.repeat(len(views), 1)], 1)
         return conditions
 

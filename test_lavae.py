@@ -225,7 +225,7 @@ def row_of(model, data):
 def evaluated_run(out, model, images):
     """What figures are made from, with ten digits."""
     digits = augment.one_of_each(*images[2:])
-    return evaluate.Run(out, {"lavae": model}, "mnist", images, digits, np.arange(10), CPU, 0)
+    return evaluate.Run(out, {"lavae": model}, "mnist", images, digits, np.arange(10), [*"0123456789"], CPU, 0)
 
 
 def refused(main, argv, *words):
@@ -1500,7 +1500,7 @@ def test_evaluate_writes_the_tables_and_the_figures(small_data, quick_tsne, tmp_
     assert all([*row] == [*views, "total", "identity"] for row in result["baselines"].values())
     lacking = {"latent_plane", "training_moving"}  # this run cannot have them
     assert not any(name in text for name in lacking)
-    for name in set(evaluate.FIGURES) - lacking - {"fig6_transfer", "group_elements"}:
+    for name in set(evaluate.FIGURES) - lacking - {"fig6_transfer", "group_elements", "page"}:
         path, = run.glob(f"{name}.*")
         with Image.open(path) as page:
             pixels = page.convert("L")
@@ -2076,6 +2076,77 @@ def test_damaged_data_is_named(tmp_path):
     (tmp_path / "mnist.npz").write_bytes(content)
     words = ["--data-dir", tmp_path, "--out", tmp_path / "out"]
     refused(train.main, words, "damaged", "leave --data-dir out")
+
+
+def own_data(path, data, kind="keras", classes=10, n=400, **changes):
+    """A file of one's own: digits, with their labels or as many classes as are asked for."""
+    x, y, x_test, y_test = (part[:n] for part in data)
+    if classes != 10:
+        y, y_test = np.arange(n) % classes, np.arange(n) % classes
+    content = dict(x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    if kind == "medmnist":
+        content = dict(train_images=x, train_labels=y[:, None], val_images=x[:3], val_labels=y[:3, None],
+                       test_images=x_test, test_labels=y_test[:, None])
+    np.savez(path, **{key: value for key, value in (content | changes).items() if value is not None})
+    return str(path)
+
+
+@pytest.mark.parametrize("kind, classes, changes", [
+    ("keras", 10, {}), ("medmnist", 10, {}), ("keras", 26, dict(class_names=[*"abcdefghijklmnopqrstuvwxyz"])),
+    ("keras", 3, {}), ("medmnist", 1, {}), ("keras", 10, dict(y_train=None, y_test=None))])
+def test_data_of_ones_own(kind, classes, changes, data, no_figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MAP_STEPS", 20)
+    path, tiny = own_data(tmp_path / "own.npz", data, kind, classes, **changes), [*SMALL, "--epochs", "1"]
+    out = tmp_path / "run"
+    train.main([*tiny, "--no-transfer", "--dataset", path, "--out", str(out)])
+    total = evaluated(out)["lavae"]["total"]
+    text = capsys.readouterr().out
+    assert "297.10" not in text and "  paper" not in text and "own.npz" in text
+    digit = [*tiny, "--dataset", path, "--model", "cvae", "--condition", "both", "--out", str(tmp_path / "cvae")]
+    if "y_train" in changes:
+        refused(train.main, digit, "--condition both", "no labels")
+    else:
+        train.main(digit)
+        assert lavae.load(tmp_path / "cvae").classes == classes and evaluated(tmp_path / "cvae")["cvae"]["total"] > 0
+    one, = evaluate.runs_of(evaluate.parser_of().parse_args([str(out), "--device", "cpu"]))
+    names = changes.get("class_names", [str(label) for label in range(classes)])
+    assert one.columns == ([""] * 10 if "y_train" in changes else names[:10]) and len(one.digits) == len(one.columns)
+    again = [*tiny, "--no-transfer", "--dataset", path, "--out", str(out), "--resume"]
+    train.main(again)
+    assert "kept" in capsys.readouterr().out
+    os.rename(path, tmp_path / "gone.npz")  # another file of the same name
+    own_data(tmp_path / "own.npz", data, n=300)
+    refused(train.main, again, "own.npz", "same options")
+    refused(evaluate.main, [out, "--device", "cpu"], "own.npz", "not the file")
+    (tmp_path / "moved").mkdir()
+    os.rename(tmp_path / "gone.npz", tmp_path / "moved" / "own.npz")
+    os.remove(path)
+    evaluate.main([str(out), "--device", "cpu", "--data-dir", str(tmp_path / "moved")])
+    assert json_of(out / "evaluation.json")["lavae"]["total"] == total
+
+
+def test_data_of_ones_own_that_is_none(data, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return ((tmp_path / "it ran").touch, ())
+
+    x, y, path = data[0][:400], data[1][:400], tmp_path / "own.npz"
+    words = ["--dataset", path, "--out", tmp_path / "run"]
+    for said, changes in (
+            ("x_train", dict(x_train=x / 255)), ("x_train", dict(x_train=x[:, :20])), ("x_test", dict(x_test=x[:199])),
+            ("x_train", dict(x_train=x[..., None])), ("x_test", dict(x_test=None)), ("train_images", dict(x_train=None)),
+            ("y_train", dict(y_train=y[:9])), ("y_train", dict(y_train=y.astype(float))), ("y_test", dict(y_test=None)),
+            ("y_train", dict(y_train=y.astype(int) - 1)), ("y_train", dict(class_names=["a", "b"])),
+            ("y_train", dict(y_train=np.eye(10)[y].astype(int))), ("plain arrays", dict(x_train=np.array([Code()] * 9)))):
+        own_data(path, data, **changes)
+        refused(train.main, words, "own.npz", said)
+    for content in (b"", b"PK\x03\x04", b"<html>", Path(path).read_bytes()[:5000]):
+        path.write_bytes(content)
+        refused(train.main, words, "own.npz", "plain arrays")
+    path.unlink()
+    refused(train.main, words, "own.npz", "No such file")
+    refused(train.main, ["--dataset", "letters"], "mnist", ".npz", "letters")
+    assert names_in(tmp_path) == []
 
 
 def test_half_a_data_set_is_one_line(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from torch import Tensor
 import lavae
 from adabelief import AdaBelief
 from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views, load_images,
-                     one_line_errors, tolerant_output, views)
+                     one_line_errors, pinned, tolerant_output, views)
 from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error,
                    original_and_singles, pixels)
 
@@ -395,7 +395,7 @@ class Settings:
             if getattr(self, name) is None and name not in others:
                 setattr(self, name, value)
         self._refuse_clashes()
-        self.augs = list(self.augs or PAIRS[0])
+        self.augs, self.dataset = list(self.augs or PAIRS[0]), pinned(self.dataset)
         if self.transfer is None:
             default = self.model == "lavae" and len(self.augs) == 2 and not self.no_transfer
             self.transfer = [["shear_x", "canny"]] if default else []
@@ -460,13 +460,13 @@ def runs_of(settings: Settings) -> list[Settings]:
                                  for name in others)]
 
 
-def build(settings: Settings) -> LAVAE | CVAE:
-    """The untrained model."""
+def build(settings: Settings, classes: int = 10) -> LAVAE | CVAE:
+    """The untrained model; classes: of the digits that a CVAE may be told."""
     size = dict(latent_dim=settings.latent_dim, filters=settings.filters,
                 entry=settings.decoder_entry)
     if settings.model.startswith("cvae"):
         told = settings.condition if settings.model == "cvae" else "paired"
-        return CVAE(settings.augs, told, **size)
+        return CVAE(settings.augs, told, classes=classes, **size)
     model = LAVAE(settings.augs, settings.transfer, latent_map=settings.latent_map,
                   originals_only=settings.model == "vae", head=settings.head, **size)
     model.orders = orders_of(settings.augs, settings.paper_involution)
@@ -489,18 +489,20 @@ def view_tensor(images: np.ndarray, augs: Sequence[str], device: torch.device) -
 def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> None:
     """The three stages, one after the other, on settings.device; writes model.pt and metrics.json.
 
-    x_train: uint8 (N, 28, 28); y_train: the digits, uint8 (N,).
+    x_train: uint8 (N, 28, 28); y_train: the digits, (N,), or None.
     """
     torch.manual_seed(settings.seed)
     device, history, start = torch.device(settings.device), {}, time.perf_counter()
-    model = lavae.channels_last(build(settings).to(device))
+    by_digit = settings.condition in ("digit", "both")
+    classes = int(y_train.max()) + 1 if by_digit else 10
+    model = lavae.channels_last(build(settings, classes).to(device))
     checkpoint = Checkpoint(settings.out / "state.pt")
     schedule = dict(batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed,
                     lr_schedule=settings.lr_schedule, checkpoint=checkpoint)
 
     images = view_tensor(x_train, settings.augs, device)
     print(settings.described())
-    labels = torch.from_numpy(y_train).long().to(device) if isinstance(model, CVAE) else None
+    labels = torch.from_numpy(y_train).long().to(device) if by_digit else None
     history["stage 1"] = stage1(
         model, images, labels, {"kl": settings.kl_weight,
                                 "equivariance": settings.equivariance_weight},
@@ -553,6 +555,8 @@ def run(settings: Settings) -> LAVAE | CVAE:
     device = lavae.verified_device(settings.device, AdaBelief)
     runs = [replace(one, device=device.type) for one in runs_of(settings)]
     x_train, y_train, _, _ = load_images(settings.dataset, settings.data_dir)
+    if y_train is None and settings.condition != "view":
+        raise ValueError(f"--condition {settings.condition}: {settings.dataset} has no labels")
     unfinished = [one for one in runs if not is_finished(one, several=len(runs) > 1)]
     for one in unfinished:
         begin(one)
@@ -566,6 +570,14 @@ def run(settings: Settings) -> LAVAE | CVAE:
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def dataset(text: str) -> str:
+    """An argparse type: the name of a data set, or of a .npz file."""
+    if text not in DATASETS and not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(DATASETS)}, or a file that ends in .npz, not {text!r}")
+    return text
 
 
 AS_PUBLISHED_HELP = (
@@ -676,8 +688,9 @@ def how_to_train(group: argparse._ArgumentGroup) -> None:
 def where_to_train(group: argparse._ArgumentGroup) -> None:
     """The options of the data, the device and the files."""
     add = group.add_argument
-    add("--dataset", choices=DATASETS,
-        help="mnist lies in the repository, the others are downloaded (default mnist)")
+    add("--dataset", type=dataset, metavar="NAME",
+        help=f"{', '.join(DATASETS)} (default mnist; others are downloaded), or a FILE.npz of\n"
+             "your own: uint8 images of 28 x 28 as x_train, x_test, labels as y_train, y_test")
     add("--data-dir", type=Path, metavar="DIR", help="(default data/)")
     add("--seed", type=number(int, 0, 2 ** 62 - 1), metavar="N", help="(default 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="(default auto)")
