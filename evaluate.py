@@ -953,10 +953,14 @@ def training_curves(run):
     return chart("Training", [panels], axes=("epoch", "nats an image"))
 
 
-def curve_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
-    """(epoch, a loss) for each hundredth of an epoch; at first it is off the page."""
-    return [point for row in rows for point in zip(row["curve"]["epoch"], row["curve"][key])
-            if point[0] > 0.1]
+def curve_of(rows: Sequence[dict], key: str, smooth: int = 5) -> np.ndarray:
+    """(epoch, a loss), (N, 2), the means of so many hundredths of an epoch; at first it is off the
+    page."""
+    points = np.array([[value for row in rows for value in row["curve"][name]]
+                       for name in ("epoch", key)])
+    smooth = min(smooth, points.shape[1])
+    points = np.stack([np.convolve(one, np.ones(smooth) / smooth, "valid") for one in points], 1)
+    return points[points[:, 0] > 0.1]
 
 
 def training_moving(run):

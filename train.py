@@ -59,14 +59,12 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     "kl" or "mmd". batch_size counts views: all views of some images, or with batches_of "views" any
     of them. `fit` takes the schedule. Returns the history: one dict per epoch with the means of
     the losses, in nats an image but for the equivariance loss.
-
     A model may learn from fewer views than there are, and then sees each of them more often.
     """
     print(f"stage 1: encoder and decoder learn to draw {len(model.stage1_views)} of {len(images)} "
           f"views of {images.shape[1]:,} images")
     shown = torch.tensor(model.stage1_views, device=images.device)
     noise = torch.Generator(images.device).manual_seed(seed + NOISE)
-    # There is no map to ask for where there are no two views, and none for a CVAE.
     equivariance = isinstance(model, LAVAE) and weights["equivariance"] > 0 and len(shown) > 1
 
     def losses_of(index, t):
@@ -78,9 +76,8 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
             x = images[shown[:, None], index]
         x = pixels(x, model.encoder.dtype)  # (V, B, 28, 28)
         logits, mu, logvar = model(x, noise, None if labels is None else labels[index])
-        losses = {"bce": bce(logits, x.flatten(0, 1)),
-                  "kl": lavae.kl(mu, logvar) if prior_loss == "kl" else
-                  lavae.mmd(mu, logvar, noise)}
+        prior = lavae.kl(mu, logvar) if prior_loss == "kl" else lavae.mmd(mu, logvar, noise)
+        losses = {"bce": bce(logits, x.flatten(0, 1)), "kl": prior}
         if equivariance:
             losses["equivariance"] = model.equivariance_loss(mu.unflatten(0, x.shape[:2]))
         weight = weights if schedule.get("lr_schedule") == "constant" else weights_at(t, weights)
@@ -89,8 +86,8 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if isinstance(model, LAVAE) and model.joint == "identity":
         parameters += model.maps.parameters()
-    # A matrix fits as many images as there are latents, whatever they are: take twice as many.
     together = 1 if batches_of == "views" else len(shown)  # views of an image in a batch
+    # A matrix fits as many images as there are latents, whatever they are: take twice as many.
     batches = Batches(together, len(shown) * images.shape[1] // together, batch_size, seed,
                       min_images=2 * model.latent_dim if equivariance else 1,
                       views_per_epoch=images.shape[:2].numel())
@@ -113,21 +110,18 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     """Learn the maps (Eq. 6); the compositions are never shown.
 
     latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each. The k of each
-    map are `model.orders`, see `lavae.order_error`.
-
-    The loss is quadratic in the latents, so their second moments say all: one pass over the data,
-    then full-batch steps on matrices of latent_dim x latent_dim. They start at the least-squares
-    solution G^-1 C_i, whose eigenvalues have the right signs: the involution term has a minimum for
-    every choice of signs, and from a random start it holds the maps at a wrong one. Returns a dict
-    for each map: mean squared error of the latents by least squares (the floor) and by L;
-    `order_error`; the relative decrease of the loss, at most, that is left: gradient . H^-1
-    gradient / 2, with the data's Hessian H = 2 G / d. Raises FloatingPointError: a map is not
-    finite.
+    map are `model.orders`, see `lavae.order_error`. The loss is quadratic in the latents, so their
+    second moments say all: one pass over the data, then full-batch steps on matrices of latent_dim
+    x latent_dim. They start at the least-squares solution G^-1 C_i, whose eigenvalues have the
+    right signs: the involution term has a minimum for every choice of signs, and from a random
+    start it holds the maps at a wrong one. Returns a dict for each map: mean squared error of the
+    latents by least squares (the floor) and by L; `order_error`; the relative decrease of the loss,
+    at most, that is left: gradient . H^-1 gradient / 2, with the data's Hessian H = 2 G / d. Raises
+    FloatingPointError: a map is not finite.
     """
     print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
     history = []
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
-        start = time.perf_counter()
         G, C_i, squared = moments(latents[0], z_i)
 
         def loss_of(L):
@@ -152,8 +146,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
                         "least_squares": map_error(least_squares, G, C_i, squared).item(),
                         "error": map_error(L, G, C_i, squared).item(),
                         "order_error": order_error(L, order).item(),
-                        "remaining": ((newton_step * gradient).sum() / loss / 2).item(),
-                        "seconds": time.perf_counter() - start})
+                        "remaining": ((newton_step * gradient).sum() / loss / 2).item()})
         print("  map {map}: least squares {least_squares:.2g}, error {error:.2g}, order error "
               "{order_error:.2g}, could fall by {remaining:.1%}".format_map(history[-1]))
     return history
