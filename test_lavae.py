@@ -1174,8 +1174,10 @@ def test_finished_baselines_are_kept(small_data, tmp_path, capsys):
     assert "kept" not in capsys.readouterr().out
 
 
-def test_the_commands_in_readme_exist():
+def test_the_commands_in_readme_exist(tmp_path, monkeypatch):
     """Each command line that README names is accepted, and each option belongs to some program."""
+    monkeypatch.chdir(tmp_path)
+    Path("letters.npz").touch()  # it stands for a file of one's own
     text = (HERE / "README.md").read_text(encoding="utf-8")
     # a line's end may lie in a short one
     spans = [span if "```" in span else " ".join(span.split())
@@ -3508,6 +3510,8 @@ def test_readmes_numbers_are_those_of_the_kept_runs():
     rows = {line for part in parts for line in part.splitlines()}
     for line in text.splitlines():
         if line.startswith("|") and not line.startswith("| paper") and line not in rows:
+            for part in parts:
+                line = line.replace(f"| {part} |", "")
             assert not re.search(r"\d\.\d", line), f"of no kept run: {line}"
 
 
