@@ -3493,7 +3493,7 @@ def heatmap_parts(found):
     back = np.mean([one["lavae"]["inverse"]["canny"] for one in found["shear_x+canny"]])
     return {"heat_below": ours, "heat_published_below": theirs, "probe": "\n".join(probe),
             "heat_above": f"{source} to {target}, with {' and '.join(map('{:.0f}'.format, seeds))} "
-                          f"for {paper:.0f}"
+                          f"where the paper has {paper:.0f}"
             .replace("+", ", "), "probe_right": f"{right:.1f} nats", "probe_wrong": f"{wrong:.1f}",
             "canny_back": f"{back:.0f} nats",
             "limit_ideal": " and ".join(f"{one['ideal']:.0f}" for one in limits),

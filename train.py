@@ -578,7 +578,7 @@ AS_PUBLISHED_HELP = (
     + " ".join(f"{flag(name)} {value}" for name, value in AS_PUBLISHED.items()
                if value is not True).replace(" --decoder", "\n  --decoder")
     + " --paper-involution\n"
-    "Two things stay ours and change no definition of the paper: stage 2 finds the minimum of Eq. 6\n"
+    "Two things stay ours and redefine nothing in the paper: stage 2 finds the minimum of Eq. 6\n"
     "from the moments of all latents, started at least squares (from a random start the\n"
     "involution term can hold a map at wrong signs), and augmentations are fixed functions")
 
