@@ -1,11 +1,12 @@
-"""AdaBelief: steps as long as the belief in the observed gradient (Zhuang et al., NeurIPS 2020).
+"""AdaBelief, the optimiser of the paper (Zhuang et al., NeurIPS 2020).
 
-    m <- b1 m + (1 - b1) g                     the gradient that one expects
-    s <- b2 s + (1 - b2) (g - m)^2 + eps       how wrong that expectation is, squared
-    m' = m / (1 - b1^t),  s' = s / (1 - b2^t)  both averages start at zero: correct for it
-    p <- p - lr m' / (sqrt(s') + eps)          long steps where the gradient keeps its word
+    m <- b1 m + (1 - b1) g                     the expected gradient, a running mean
+    s <- b2 s + (1 - b2) (g - m)^2 + eps       how far gradients are from it, squared
+    m' = m / (1 - b1^t),  s' = s / (1 - b2^t)  bias correction: both means start at zero
+    p <- p - lr m' / (sqrt(s') + eps)          long steps where gradients are as expected
 
-Adam has g^2 in the place of (g - m)^2, and no eps inside s.
+Adam has g^2 instead of (g - m)^2, and no eps inside s. The file stands alone, and works with any
+model; train.py uses it.
 
     optimizer = AdaBelief(model.parameters(), lr=1e-3)
 """
@@ -17,26 +18,25 @@ from torch.optim import Optimizer
 
 
 class AdaBelief(Optimizer):
-    """AdaBelief on `torch._foreach_*`: one call for each operation, whatever the number of tensors.
+    """AdaBelief with `torch._foreach_*`: one call for each operation on all tensors.
 
-    Memory for temporaries is kept from step to step: to ask the system for it anew, and to give it
-    back, took longer than the arithmetic.
+    Memory for temporaries is kept between steps. Asking the system for it in each step took longer
+    than the arithmetic.
 
     Args:
         params: float32 or float64 tensors, or dicts that define parameter groups.
         lr: step size, 0 or more.
         betas: decay of m and of s, two numbers in [0, 1).
-        eps: added to s at every step and to its root; 1e-37 or more, so that float32 can hold it.
+        eps: added to s in every step, and to its root; 1e-37 or more, because of float32.
         weight_decay: 0 for none.
         decoupled: shrink the parameters by lr * weight_decay (as AdamW does) instead of adding
             weight_decay * p to the gradient.
-        rectify: scale the steps as RAdam does, and take plain momentum steps while s is too young.
+        rectify: scale the steps as RAdam does; the first steps are plain momentum steps.
 
     Raises:
         ValueError: an argument is outside its range, in the defaults or in a group.
-        TypeError, in `step`, before a parameter is changed: a parameter is not float32 or float64
-            (half precision cannot hold eps; a complex number's parts would be mixed), or a gradient
-            is sparse.
+        TypeError, in `step`, before any parameter has changed: a parameter is not float32 or
+            float64 (half precision cannot hold eps), or a gradient is sparse.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
@@ -47,7 +47,7 @@ class AdaBelief(Optimizer):
                                       decoupled=decoupled, rectify=rectify))
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group of parameters, as in every optimiser. Raises ValueError: see the class."""
+        """Add a group of parameters, as to every optimiser. Raises ValueError: see the class."""
         given = {**self.defaults, **param_group}
         lr, betas, eps, decay = (given[key] for key in ("lr", "betas", "eps", "weight_decay"))
         if not (0 <= lr < math.inf and 0 <= decay < math.inf):
@@ -59,13 +59,13 @@ class AdaBelief(Optimizer):
         super().add_param_group(param_group)
 
     def __setstate__(self, state):
-        """For copies and pickles: they have scratch of their own."""
+        """Copies and unpickled optimisers get temporaries of their own."""
         super().__setstate__(state)
         self.scratch = {}
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient. Returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +78,7 @@ class AdaBelief(Optimizer):
                                 f"gradients, not {p.dtype} with {p.grad.layout}")
         self.scratch = {p: self.scratch[p] for p in params if p in self.scratch}
         for group in self.param_groups:
-            same_age = {}  # t -> parameters: one entry, unless some had no gradient for a while
+            same_age = {}  # t -> parameters; one entry, unless some had no gradient for a while
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -110,9 +110,9 @@ class AdaBelief(Optimizer):
         torch._foreach_addcmul_(s, scratch, scratch, value=1 - b2)
         torch._foreach_add_(s, eps)
 
-        # The corrections for the zero start are mere numbers: they go into the step.
+        # The bias corrections are plain numbers, so they go into the step size.
         step_size, root = lr / (1 - b1 ** t), math.sqrt(1 - b2 ** t)
-        if group["rectify"]:  # RAdam: t_max and t_eff are the lengths of the averages behind s
+        if group["rectify"]:  # RAdam: t_max and t_eff are the lengths of the mean s
             t_max = 2 / (1 - b2) - 1
             t_eff = t_max - 2 * t * b2 ** t / (1 - b2 ** t)
             if t_eff < 5:
@@ -121,7 +121,7 @@ class AdaBelief(Optimizer):
             step_size *= math.sqrt((t_eff - 4) * (t_eff - 2) * t_max
                                    / ((t_max - 4) * (t_max - 2) * t_eff))
         else:
-            eps *= root  # the authors' code divides by sqrt(s) + eps when it rectifies, not by s'
+            eps *= root  # with `rectify` the authors' code divides by sqrt(s) + eps instead
         for denom, s_p in zip(scratch, s):
             torch.sqrt(s_p, out=denom)
         torch._foreach_add_(scratch, eps)

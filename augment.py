@@ -1,13 +1,16 @@
-"""Image augmentations in numpy, the doubling that composes them, the data and grids to see them.
+"""Image augmentations in numpy, and the images that they change.
 
-An augmentation takes images, uint8 (N, H, W), and gives new ones of the same shape. Each is a fixed
-function of the image: that is what lets a linear map of the latent space learn to copy it.
+An augmentation takes images, uint8 (N, H, W), and returns new ones of the same shape. Each is a
+fixed function of the image. That is why a matrix can learn to do the same to the latent.
 
     flipped = AUGMENTATIONS["flip_lr"](images)
     x, a1, a2, a2_a1 = views(images, [flip_lr, flip_ud])
 
     python augment.py                          # writes augmentations.png: each on ten digits
     python augment.py --augs shear_x canny     # the same, with another composition last
+
+The file needs no torch. In order: views, augmentations, data, photos of digits, pictures with
+labels, and the one-line errors of the command line. Read it after lavae.py and train.py.
 """
 
 import argparse
@@ -34,8 +37,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 def views(x, maps: Sequence[Callable]) -> list:
     """Double for every map: [x] -> [x, A1 x] -> [x, A1 x, A2 x, A2 A1 x], 2^K items for K maps.
 
-    The same for images (maps are augmentations) and for latents (maps are z -> z L), so that view
-    number i of the one is what view number i of the other should decode to.
+    For images the maps are augmentations, for latents they are z -> z L. The order is the same, so
+    latent number i should be decoded to image number i.
     """
     out = [x]
     for f in maps:
@@ -44,7 +47,7 @@ def views(x, maps: Sequence[Callable]) -> list:
 
 
 def view_names(augs: Sequence[str]) -> list[str]:
-    """The names of the views: orig, flip_lr, flip_ud, flip_lr+flip_ud (the left one goes first)."""
+    """The names of the views: orig, flip_lr, flip_ud, flip_lr+flip_ud. The left one goes first."""
     chains = views((), [lambda chain, a=a: (*chain, a) for a in augs])
     return ["+".join(chain) or "orig" for chain in chains]
 
@@ -75,8 +78,9 @@ def rotate_ccw(images: np.ndarray) -> np.ndarray:
 def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     """Slide each row sideways by tan(degrees) times its height above the centre.
 
-    Bilinear between neighbouring pixels, zero outside. What slides out is lost: no inverse. (The
-    authors draw the angle from -50 to -45 for every image; the default is its middle.)
+    Between two pixels the grey is interpolated, and outside it is zero. What slides out is lost, so
+    there is no inverse. (The authors draw the angle from -50 to -45 degrees for every image. The
+    default is the middle.)
     """
     height, width = _checked(images).shape[1:]
     _expect(-90 < degrees < 90, "an angle between -90 and 90 degrees", degrees)
@@ -92,9 +96,9 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
 
 
 def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
-    """Smooth with a Gaussian of `sigma` pixels, cut off at 7x7, borders mirrored. No inverse.
+    """Smooth with a Gaussian of `sigma` pixels, cut off at 7x7. It has no inverse.
 
-    (The authors draw sigma from 0.1 to 2 for every image.)
+    The image is mirrored at its borders. (The authors draw sigma from 0.1 to 2 for every image.)
     """
     _expect(1e-3 <= sigma < math.inf, "a sigma of 0.001 pixels or more", sigma)
     weights = np.exp(-0.5 * (np.arange(-3, 4) / sigma) ** 2)
@@ -111,9 +115,10 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
 
 
 def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
-    """The Laplacian, kernel 0 1 0 / 1 -4 1 / 0 1 0, blended: (1 - alpha) x + alpha Lx.
+    """Blend the image with its Laplacian: (1 - alpha) x + alpha Lx. It has no inverse.
 
-    Borders mirrored, cut to 0..255. No inverse. (The authors draw alpha from 0 to 1.)
+    The Laplacian has the kernel 0 1 0 / 1 -4 1 / 0 1 0. The image is mirrored at its borders, and
+    the result is cut to 0..255. (The authors draw alpha from 0 to 1 for every image.)
     """
     _expect(0 <= alpha <= 1, "an alpha from 0 to 1", alpha)
 
@@ -127,10 +132,11 @@ def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
 
 
 def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
-    """The image with itself, shrunk to size x size, in the top left corner.
+    """Put a copy of the image, shrunk to size x size, into its top left corner.
 
-    Each small pixel is a mean of the large ones under a triangle twice its width (antialiased
-    bilinear). Undone by clearing the corner, where that was empty; not an involution.
+    Each small pixel is a weighted mean of large ones. The weights are a triangle, twice as wide as
+    the small pixel (antialiased bilinear). Where the corner was empty, clearing it is the inverse.
+    It has no order: applied twice it is not undone.
     """
     _expect(size >= 1, "a size of 1 pixel or more", size)
 
@@ -147,9 +153,9 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
 
 
 def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Gaussian noise, mean 128, sd 32, in the top left corner: a quarter of each side. No inverse.
+    """Replace the top left corner, a quarter of each side, by Gaussian noise. It has no inverse.
 
-    It takes the pixels' place. Other images and other seeds get other noise, the same get the same.
+    The noise has mean 128 and standard deviation 32. The same image and seed get the same noise.
     """
     out = _checked(images).copy()
     height, width = images.shape[1] // 4, images.shape[2] // 4
@@ -159,9 +165,9 @@ def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Gaussian noise, mean 128, sd 16, in the place of a fifth of the pixels. No inverse.
+    """Replace a fifth of the pixels by Gaussian noise. It has no inverse.
 
-    Other images and other seeds get other noise in other places, the same get the same.
+    The noise has mean 128 and standard deviation 16. The same image and seed get the same noise.
     """
     out = _checked(images).copy()
     for image, rng in zip(out, _generators(images, seed)):
@@ -170,7 +176,7 @@ def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
     return out
 
 
-def _generators(images, seed):  # an image's own, from its pixels: noise is a function of the image
+def _generators(images, seed):  # seeded by the pixels: then noise is a function of the image
     for image in images:
         digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
         yield np.random.default_rng((seed, int.from_bytes(digest, "little")))
@@ -182,13 +188,15 @@ def _noise(rng, sd, shape):
 
 
 def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
-    """Canny's edges, black (0) on white (255): every pixel as cv2.Canny(L2gradient=True) has it.
+    """Canny's edges, black (0) on white (255), the same pixels as cv2.Canny(L2gradient=True).
 
-    1. Gradient: Sobel, 3x3, borders repeated. 2. Thin: keep a pixel where the gradient is longest
-    of three along its direction, of four. 3. Follow: edges are the kept pixels over `high`, and
-    those over `low` that touch an edge. No inverse. Raises ValueError under 3x3 pixels.
+    1. Gradient: Sobel's, 3x3. The pixels at the borders are repeated.
+    2. Thin: keep a pixel if its gradient is longer than that of both neighbours in the direction of
+       the gradient. There are four directions.
+    3. Follow: a kept pixel over `high` is an edge. So is one over `low` that touches an edge.
 
-    (The authors draw the thresholds near the defaults for every image.)
+    It has no inverse. Raises ValueError: the images are smaller than 3x3 pixels. (The authors draw
+    the thresholds near the defaults for every image.)
     """
     if min(_checked(images).shape[1:]) < 3:
         raise ValueError(f"expected images of 3x3 pixels or more, got {images.shape}")
@@ -202,14 +210,14 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
     p = np.pad(images, border, "edge").astype(np.int16)
     smooth_y = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     smooth_x = p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]
-    # From here on images have a border of zeros and lie flat: a neighbour is an offset, no more.
+    # From here on the images have a border of zeros and are flat: a neighbour is an offset.
     gx = np.pad(smooth_y[:, :, 2:] - smooth_y[:, :, :-2], border).ravel()
     gy = np.pad(smooth_x[:, 2:] - smooth_x[:, :-2], border).ravel()
     right, down = 1, p.shape[2]
     magnitude = np.square(gx, dtype=np.int32) + np.square(gy, dtype=np.int32)
 
-    # Thin. The direction is the gradient's, rounded to 45 degrees by comparing |gy| with
-    # tan(22.5) |gx| and tan(67.5) |gx| = (tan(22.5) + 2) |gx|, OpenCV's way: 15 bits for tan(22.5).
+    # Thin. The direction of the gradient is rounded to 45 degrees: |gy| is compared with
+    # tan(22.5) |gx| and with tan(67.5) |gx| = (tan(22.5) + 2) |gx|. OpenCV has 15 bits of the tan.
     at = np.flatnonzero(magnitude > low)
     x, y, m = gx[at].astype(np.int32), gy[at].astype(np.int32), magnitude[at]
     ax, ay = np.abs(x), np.abs(y) << 15
@@ -221,7 +229,7 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
     longest = (m > before) & np.where(horizontal | vertical, m >= after, m > after)
     at, m = at[longest], m[longest]
 
-    # Follow: go from the edges found last to the weak pixels around them until there are none.
+    # Follow: go on from the edges found last to the weak pixels around them, until there are none.
     weak = np.zeros(magnitude.shape, bool)
     weak[at] = True
     edges = np.full(magnitude.shape, 255, np.uint8)
@@ -239,7 +247,7 @@ AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f fo
     tl_sap_noise, sap_noise)}
 PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
          ["shear_x", "canny"]]  # of the paper's heat-map
-ORDERS = {"flip_lr": 2, "flip_ud": 2, "rotate_cw": 4, "rotate_ccw": 4}  # A^k x = x; others: never
+ORDERS = {"flip_lr": 2, "flip_ud": 2, "rotate_cw": 4, "rotate_ccw": 4}  # k with A^k x = x, if any
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
@@ -260,7 +268,7 @@ def _expect(there, what, given):
         raise ValueError(f"expected {what}, got {given}")
 
 
-def _in_blocks(f, images, pixels=400_000):  # so few that the work stays in the processor's caches
+def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's caches
     n = max(1, pixels // max(1, math.prod(_checked(images).shape[1:])))
     out = np.empty_like(images)
     for i in range(0, len(images), n):
@@ -282,8 +290,8 @@ CLASSES = {"mnist": [*"0123456789"],
 def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tuple:
     """(x_train, y_train, x_test, y_test): images uint8 (N, 28, 28), labels integers (N,) or None.
 
-    MNIST comes with the repository; torchvision downloads the others to `data_dir`; a name that
-    ends in .npz is a file of one's own, see `load_npz`, and `pinned` adds its digest to the name.
+    MNIST comes with the repository. The other data sets are downloaded to `data_dir` by
+    torchvision. A name with .npz is a file of one's own, see `load_npz` and `pinned`.
 
     Raises:
         OSError: a file is missing, damaged or cannot be downloaded; the message says what to do.
@@ -318,21 +326,21 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
 
 
 def pinned(dataset: str) -> str:
-    """The name of a data set; of a .npz file with the start of its SHA-256, "letters.npz#1f0c..",
-    so that another file of the same name is noticed. Raises OSError: there is no such file."""
+    """The name of a data set. A .npz file gets the start of its SHA-256, "letters.npz#1f0c..": so
+    another file of the same name is noticed. Raises OSError: there is no such file."""
     if not dataset.endswith(".npz"):
         return dataset
     return f"{dataset}#{hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]}"
 
 
 def load_npz(dataset: str, data_dir: Path = DATA_DIR) -> tuple[tuple, list[str] | None]:
-    """What `load_images` gives, and the names of the classes or None, from a .npz file of one's
-    own.
+    """From a .npz file of one's own: what `load_images` returns; the names of the classes, or None.
 
-    It holds x_train and x_test, y_train and y_test (as Keras names them), or train_images and
-    test_images, train_labels and test_labels (MedMNIST): uint8 (N, 28, 28), 200 or more, and
-    integers (N,) or (N, 1) from 0 on. The labels may be missing; class_names may name them.
-    Nothing is unpickled. Raises OSError; ValueError: it holds something else.
+    Keras's names are x_train, y_train, x_test and y_test. MedMNIST's are train_images,
+    train_labels, test_images and test_labels. Images are uint8 (N, 28, 28), 200 or more. Labels are
+    integers from 0 on, (N,) or (N, 1), and may be missing. An array class_names may name them.
+    Nothing is unpickled. Raises OSError: the file cannot be read; ValueError: it holds something
+    else.
     """
     name, _, digest = dataset.partition("#")
     path = Path(name) if Path(name).is_file() else data_dir / Path(name).name
@@ -367,7 +375,7 @@ def _kind(array):
 
 
 def class_names(dataset: str, labels: np.ndarray | None, data_dir: Path = DATA_DIR) -> list[str]:
-    """The names of the classes 0, 1, .. of a data set whose labels these are."""
+    """The names of the classes 0, 1, .. of a data set that has these labels."""
     names = load_npz(dataset, data_dir)[1] if ".npz" in dataset else CLASSES[dataset]
     return names or [str(label) for label in range(1 if labels is None else labels.max() + 1)]
 
@@ -377,16 +385,18 @@ def _one_line(error):
 
 
 def like_mnist(path: str | Path) -> np.ndarray:
-    """A picture of one digit as MNIST has it, uint8 (28, 28): white on black, in a box of 20x20,
-    the centre of its mass in the middle.
+    """A drawing or photo of one digit, changed to look as in MNIST, uint8 (28, 28).
 
-    A drawing or a photo, up to 50 megapixels: colour or grey, dark on light or light on dark, with
-    transparency, turned as its EXIF says. The ink is what differs from the page, however the light
-    falls on it, less ruled lines and specks; thin strokes become as thick as MNIST's. Of several
-    figures the largest is taken, and a line is printed that says so.
+    MNIST's digits are white on black, in a box of 20x20, with the centre of mass in the middle. The
+    picture may have up to 50 megapixels. It may be in colour, dark on light or light on dark, and
+    partly transparent. It is turned as its EXIF data say.
 
-    Raises ValueError: no picture, a huge one, or one in which there is no ink, or too little page
-    around it to tell.
+    The ink is what differs from the page, whatever the light. Ruled lines and specks are left out,
+    and thin strokes become as thick as MNIST's. If there are several figures, the largest is taken
+    and a line says so.
+
+    Raises ValueError: the file is no picture or a huge one, there is no ink, or there is too little
+    page around it.
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
@@ -404,7 +414,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} is no picture that can be read") from error
     grey = _grey(picture, path)
     ink, noise, figure, others = _figure_in(grey)
-    if figure.shape != grey.shape and 0 < _size(figure) < 40:  # in a large picture
+    if figure.shape != grey.shape and 0 < _size(figure) < 40:  # small in a large picture: cut out
         margin, cut = _size(figure), []
         for axis, side in zip((1, 0), grey.shape):
             at, scale = np.flatnonzero(figure.any(axis)), side / figure.shape[1 - axis]
@@ -422,7 +432,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
 
 
 def _figure_in(grey):
-    """A small copy of a picture, quick to search: its ink, its noise, and its largest figure."""
+    """Of a smaller copy, which is quick to search: the ink, the noise, and `_largest_figure`."""
     shrink = math.ceil(min(max(grey.shape) / 500, (grey.size / 125_000) ** 0.5))
     size = [max(1, side // shrink) for side in grey.shape[::-1]]
     ink, noise = _ink(np.asarray(Image.fromarray(grey.astype(np.float32)).resize(
@@ -431,23 +441,24 @@ def _figure_in(grey):
 
 
 def _size(figure):
-    """The longer side of what a mask shows, in pixels; 0 if it shows nothing."""
+    """The longer side of what is true in a mask, in pixels. 0: nothing is."""
     sides = [np.flatnonzero(figure.any(axis)) for axis in (0, 1)]
     return max(side[-1] - side[0] + 1 if side.size else 0 for side in sides)
 
 
 def _ink(grey):
-    """How far each pixel is from its page, towards dark or towards light, as is clearer; the noise.
+    """(ink, noise): how much darker than the page each pixel is, or how much lighter; one number.
 
-    The page is a surface of degree 2, fitted again and again without what lies far off it.
+    The page is a surface of degree 2. It is fitted again and again, without what lies far off it.
     """
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in grey.shape), indexing="ij")
     terms = np.stack([x ** 0, x, y, x * x, x * y, y * y], 2)
     step = max(1, min(math.ceil(max(grey.shape) / 100), min(grey.shape) // 20))
     points, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].ravel()
     fits = []
-    for off in (np.zeros(len(values)), np.abs(values - np.median(values))):  # from all; from a page
-        for _ in range(20):  # of one grey, which is better where there is little page
+    # Start from all pixels, and from those of the commonest grey: better if there is little page.
+    for off in (np.zeros(len(values)), np.abs(values - np.median(values))):
+        for _ in range(20):
             page = off <= max(2, 4 * np.median(off))
             weights = np.linalg.lstsq(points[page], values[page], rcond=None)[0]
             off = np.abs(values - points @ weights)
@@ -458,15 +469,15 @@ def _ink(grey):
     if (ink.clip(0) ** 2).sum() < (ink.clip(max=0) ** 2).sum():
         ink = -ink
     else:
-        ink *= light.max() / light  # in the shade there is less of black, too
+        ink *= light.max() / light  # in the shade black differs less from the page
     noise = 1.5 * np.median(np.abs(ink))
-    for across in (ink, ink.T):  # the same numbers: each subtracts from both
+    for across in (ink, ink.T):  # ink.T is a view: both change ink
         across -= _lines(across)
     return ink.clip(0), noise
 
 
 def _lines(ink):
-    """Ruled lines, nearly level: what three quarters of a row and both its ends have in common."""
+    """The ink of ruled lines, nearly level: what most of a row and both its ends have in common."""
     height, width = ink.shape
     y, x, end = np.arange(height)[:, None], np.arange(width), max(1, width // 20)
     best, lines = 0, np.zeros_like(ink)
@@ -481,9 +492,9 @@ def _lines(ink):
 
 
 def _largest_figure(ink, noise):
-    """Where the figure with the most ink is, and how many others there are of a third of it.
+    """(mask, others): where the figure with the most ink is; how many have a third of its ink.
 
-    Parts that nearly touch are one figure. It is nowhere if there is no ink.
+    Parts that nearly touch are one figure. Without ink the mask is empty.
     """
     soft = Image.fromarray(np.rint(ink).clip(max=255).astype(np.uint8))
     soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(min(500, max(ink.shape)) / 400)))
@@ -499,9 +510,9 @@ def _largest_figure(ink, noise):
 
 
 def _parts(mask, ink):
-    """A number for each connected part of a mask, 0 outside; the ink in part 0, 1, .."""
+    """(labels, ink): a number for each connected part of a mask, 0 outside; the ink of each."""
     labels = np.where(mask, np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape), 0)
-    while True:  # each pixel takes the largest label around it, then the label that this one has
+    while True:  # a pixel takes the largest label around it, then the label of the pixel named so
         around = np.where(mask, _grown(labels, 1), 0)
         new = np.append(0, around).astype(np.int32)[around]
         if (new == labels).all():
@@ -510,12 +521,12 @@ def _parts(mask, ink):
 
 
 def _grown(picture, pixels):
-    """Each pixel the largest of those up to so many pixels away, in a square."""
+    """Each pixel becomes the largest of those up to so many pixels away, in a square."""
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.MaxFilter(2 * round(pixels) + 1)))
 
 
 def _boxed(ink):
-    """Ink, uint8, to MNIST's size, weight and place, uint8 (28, 28)."""
+    """Ink, uint8, to the size, thickness and place of MNIST's digits, uint8 (28, 28)."""
     rows, columns = np.flatnonzero(ink.max(1)), np.flatnonzero(ink.max(0))
     ink = np.pad(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
     dark = ink > 127
@@ -532,7 +543,8 @@ def _boxed(ink):
 
 
 def _grey(picture, path):
-    """Floats from 0 to 255; what is transparent is black or white, as is clearer."""
+    """A picture in grey, floats from 0 to 255. Behind what is transparent: white or black, the one
+    with more contrast."""
     if picture.mode.startswith(("I", "F")):  # 16 bits and more
         grey = np.asarray(picture, np.float64)
         if not np.isfinite(grey).all():
@@ -548,9 +560,9 @@ def _grey(picture, path):
 
 
 def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
-    """Words as a picture; lines are centred. size: in pixels, about a line's height.
+    """Words as a picture. Lines are centred. size: about the height of a line, in pixels.
 
-    Raises ValueError: this Pillow cannot write.
+    Raises ValueError: this Pillow cannot draw text.
     """
     try:
         font, lines = ImageFont.load_default(size), words.split("\n")
@@ -565,9 +577,10 @@ def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Ima
 
 def table(rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4,
           paper="white") -> Image.Image:
-    """Pictures in rows and columns that line up; None leaves a place empty, an empty row a gap.
+    """Pictures in rows and columns. None leaves a place empty, and an empty row leaves a gap.
 
-    align: where a picture stands in its column, l, c or r; the last letter is for all further ones.
+    align: a letter for each column, l, c or r: left, centre, right. The last letter is also that of
+    all further columns. gap: between two pictures, in pixels.
     """
     widths = [max((p.width for p in column if p), default=0) for column in zip_longest(*rows)]
     heights = [max((p.height for p in row if p), default=14) for row in rows]
@@ -591,7 +604,7 @@ def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> I
 
 
 def titled(title: str, *pictures: Image.Image) -> Image.Image:
-    """A page: pictures one above the other, under a title."""
+    """Pictures one above the other, under a title."""
     return ImageOps.expand(table([[text(title, 32)], *zip(pictures)], "l", gap=10), 23, "white")
 
 
@@ -599,8 +612,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
          cell: int = 84) -> Image.Image:
     """Images in labelled rows and columns under a title, black on white.
 
-    rows: (label, images) with one image for each column, uint8 (len(columns), H, W); None leaves a
-    gap. cell: the side of an image, in pixels.
+    rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
+    cell: the side of an image, in pixels.
     """
     def tile(image):
         image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
@@ -614,8 +627,8 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarra
 
 
 def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
-    """Write a page, pages as a moving picture, or a text. Raises OSError, ValueError: they name it.
-    """
+    """Write a picture, a list of pictures as a moving one, or a text. Raises OSError, ValueError:
+    the message names the file."""
     if isinstance(page, str):
         path.write_text(page, encoding="utf-8")
         return
@@ -631,7 +644,8 @@ def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The second image of each class, in order (the first 5 of MNIST's test set reads as an S)."""
+    """The second image of each class, in order. (The first 5 of MNIST's test set looks like an S.)
+    """
     return images[[np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)]]
 
 
@@ -639,11 +653,11 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 class Output(io.TextIOBase):
-    """Standard output that decides nothing: what it cannot write ends no program.
+    """Standard output that never ends the program.
 
-    A character that the console lacks is shown as its code, and when the reader has gone away, as
-    `| head` does, or the disk that holds the log is full, the rest is not shown. `stream` may be
-    None, or any object that has `write`.
+    A character that the console lacks is shown as its code. When nobody reads any more (`| head`),
+    or the disk with the log is full, the rest is not shown. `stream` may be None, or any object
+    with `write`.
     """
 
     def __init__(self, stream):
@@ -667,16 +681,16 @@ class Output(io.TextIOBase):
 
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
-    """`print` writes to an `Output` meanwhile; also a decorator."""
+    """`print` writes to an `Output` in here. It also serves as a decorator."""
     with contextlib.redirect_stdout(Output(sys.stdout)):
         yield
 
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterator[None]:
-    """What goes wrong in here ends the program with one line and status 2, Ctrl-C with status 130.
+    """An error in here ends the program with one line and status 2. Ctrl-C: with status 130.
 
-    go_on: what to do when a full disk or memory has room again.
+    go_on: what the line adds when the disk or the memory is full.
     """
     try:
         with tolerant_output():

@@ -1,17 +1,22 @@
 """Measure and draw what a LAVAE has learnt, on the 10,000 test images.
 
-    augment        D(E(x) L_i)          Table I, Fig. 3     reconstruct    D(E(x))
-    compose        D(E(x) L_1 L_2)      Table I, Fig. 3     reverse        D(E(x) L_2 L_1)
-    invert         D(E(A_i x) L_i^-1)   Fig. 4              transfer       Fig. 6
-    any to any     D(E(view_s) L_s^-1 L_t)                  the CVAEs      Table I, Figs. 8 and 9
+    reconstruct    D(E(x))                                  Table I, Fig. 3
+    augment        D(E(x) L_i)                              Table I, Fig. 3
+    compose        D(E(x) L_1 L_2)                          Table I, Fig. 3
+    reverse        D(E(x) L_2 L_1)                          Fig. 3
+    invert         D(E(A_i x) L_i^-1)                       Fig. 4
+    any to any     D(E(v) L_from^-1 L_to)
+    transfer       D_B(E(x) L_i)                            Fig. 6
+    the CVAEs                                               Table I, Figs. 8 and 9
 
     python evaluate.py                          # every run under runs/, baselines inside them too
     python evaluate.py runs/flip_lr+flip_ud     # this one
     python evaluate.py runs/seed0 runs/seed1    # these, and their mean and standard deviation
     python evaluate.py --heatmap                # the runs of train.py --heatmap, and the heat-map
 
-Prints the tables and writes evaluation.json and the figures, PNG, to the run folder. BCE is in nats
-an image, from posterior means, without sampling.
+Prints the tables, and writes evaluation.json and the figures to the run folder. BCE is in nats an
+image. Latents are posterior means; nothing is sampled. In order: numbers, tables, projections to
+the plane, what figures share, the figures, the command line. It is the last script to read.
 """
 
 import argparse
@@ -60,8 +65,10 @@ def tensors(images: np.ndarray, augs: Sequence[str], device: torch.device) -> li
 
 @torch.no_grad()
 def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The logits drawn from latents (N, latent_dim), in blocks, and the BCE of each of the uint8
-    images (N, 28, 28) given them: nats, float64 (N,), on the CPU."""
+    """Decode latents (N, latent_dim), and compare with uint8 images (N, 28, 28).
+
+    Returns the logits, in blocks, and the BCE of each image in nats: float64 (N,), on the CPU.
+    """
     logits = [decoder(block) for block in z.split(BLOCK)]
     bces = [F.binary_cross_entropy_with_logits(block, pixels(x, block.dtype), reduction="none")
             .flatten(1).sum(1) for block, x in zip(logits, images.split(BLOCK))]
@@ -69,13 +76,13 @@ def decoded(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[list[Tensor]
 
 
 def nats(decoder: nn.Module, z: Tensor, images: Tensor) -> float:
-    """Mean BCE of images given latents, nats an image."""
+    """The mean BCE of `decoded`, nats an image."""
     return decoded(decoder, z, images)[1].mean().item()
 
 
 def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
-    """The same, and does a picture belong to THIS image? The share of those that lie nearest (L2)
-    to their own among all."""
+    """(`nats`, identity). The identity is the share of drawn pictures whose own image is nearest to
+    them (L2) among all images."""
     logits, bces = decoded(decoder, z, images)
     targets = pixels(images, z.dtype).flatten(1)
     squares = targets.square().sum(1)
@@ -86,20 +93,21 @@ def score(decoder: nn.Module, z: Tensor, images: Tensor) -> tuple[float, float]:
 
 
 def with_total(row: dict[str, float]) -> dict[str, float]:
-    """The row and its sum, the paper's figure of merit."""
+    """The row and its sum, which the paper calls the total."""
     return row | {"total": sum(row.values())}
 
 
 def reverse(model: LAVAE, z: Tensor) -> Tensor:
-    """z L_K .. L_2 L_1: composed in the other order than that of the last view."""
+    """z L_K .. L_2 L_1: all maps, in the reverse order of the last view."""
     return apply_in_order(z, reversed(model.maps))
 
 
 def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
     """How many latent directions each pattern of signs has: {"++": 5, "-+": 4, ..}.
 
-    For commuting involutions (d, d) the product of the projections (I +- L_i) / 2 is the projection
-    to their joint eigenspace, and its trace is the dimension.
+    "+" is an eigenvalue 1 and "-" is -1, a sign for each map. For involutions (d, d) that commute,
+    the product of the projections (I +- L_i) / 2 is the projection to a joint eigenspace, and its
+    trace is the dimension of this space.
     """
     identity_matrix = torch.eye(len(maps[0]), dtype=maps[0].dtype)
     projections = {"": identity_matrix}
@@ -110,14 +118,15 @@ def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
 
 
 def powers(x, maps: Sequence[Callable], exponents: Sequence[int]):
-    """x under the first map as often as the first exponent says, then under the second, .."""
+    """Apply each map to x as many times as its exponent says, the first map first."""
     return apply_in_order(x, (f for f, n in zip(maps, exponents) for _ in range(n)))
 
 
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The group that augmentations generate: {"rotate_cw^2+flip_lr": (2, 1), ..}, exponents.
+    """The group that augmentations generate: {"rotate_cw^2+flip_lr": (2, 1), ..}, with exponents.
 
-    Found from the distinct pictures of a square without symmetry; empty where one has no order.
+    Two products are one element if they do the same to a square without symmetry. Empty if one of
+    the augmentations has no order.
     """
     square, found = np.arange(4, dtype=np.uint8).reshape(1, 2, 2), {}
     words = product(*(range(ORDERS.get(aug, 0)) for aug in augs))
@@ -130,11 +139,11 @@ def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def group(model: LAVAE) -> dict:
-    """The structure of the maps: do they come back, do they commute, what do they keep?
+    """The structure of the maps: do they commute, and what do they keep?
 
-    Frobenius norms; eigenvalues as [real, imaginary]. "products" is |I - (L_i L_j)^2|: 0 for two
-    flips, and for a flip and a turn. "directions" counts joint eigenspaces, for involutions that
-    commute.
+    "commutator" is |L_i L_j - L_j L_i|, a Frobenius norm. "products" is |I - (L_i L_j)^2|: it is 0
+    for two flips, and for a flip and a turn. "eigenvalues" are [real, imaginary]. "directions" are
+    `pattern_counts`, or None where the maps are no commuting involutions.
     """
     maps = {aug: f.L.cpu().double() for aug, f in zip(model.augs, model.maps)}
     pairs = [(f"{a}, {b}", maps[a], maps[b]) for a, b in combinations(maps, 2)]
@@ -151,8 +160,11 @@ def group(model: LAVAE) -> dict:
 
 
 def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
-    """Codes z (N, latent_dim) after half an augmentation, z L^(1/2): their mean length beside z's;
-    how far E(D(z L^(1/2))) is from them, root mean square, as a share of their length."""
+    """What half an augmentation does to latents z (N, latent_dim).
+
+    "length": the mean length of z L^(1/2), as a share of z's. "re-encoded": how far
+    E(D(z L^(1/2))) is from z L^(1/2), root mean square, as a share of its length.
+    """
     half = z @ matrix_power(L, 0.5)
     away = model.encoder(model.decoder(half).sigmoid())[0] - half
     return {"length": (half.norm(dim=1) / z.norm(dim=1)).mean().item(),
@@ -160,10 +172,11 @@ def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
 
 
 def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> list[Tensor]:
-    """Whether a probe, a small classifier, names the view of each test latent right: (N,) bool for
-    each view.
+    """Train a probe, a small classifier, to name the view of a latent, and test it.
 
-    train, test: the latents of each view, (N, latent_dim). A hidden layer of 64, 5 epochs, seeded.
+    train, test: the latents of each view, (N, latent_dim). The probe has a hidden layer of 64 units
+    and learns for 5 epochs, with a fixed seed. Returns for each view whether the probe is right on
+    each test latent, (N,) bool.
     """
     z = torch.cat([*train])
     y = torch.arange(len(train), device=z.device).repeat_interleave(len(train[0]))
@@ -182,7 +195,8 @@ def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> lis
 
 @torch.no_grad()
 def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tensor]) -> dict:
-    """A row of Table I and the identity preservation, from `latents_of_views` and the views."""
+    """A row of Table I, and the identity of each view. latents: see `latents_of_views`; images: the
+    views, uint8 (N, 28, 28) each."""
     names = view_names(model.augs)
     bces, identity = zip(*(score(model.decoder, z, v) for z, v in zip(latents, images)))
     told = model.arguments.get("condition")  # where it is not what the paper's is told
@@ -192,7 +206,7 @@ def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tens
 
 def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
                      device: torch.device) -> list[Tensor]:
-    """What makes the decoder draw each view, from the codes of originals x, uint8 (N, 28, 28).
+    """What the decoder must be given to draw each view of originals x, uint8 (N, 28, 28).
 
     y: their digits (N,), for a CVAE that is told them, or None.
     """
@@ -204,7 +218,7 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray,
 
 @torch.no_grad()
 def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> dict:
-    """Every number of a LAVAE in evaluation.json; data as `load_images` gives it."""
+    """All numbers of a LAVAE in evaluation.json. data: as `load_images` returns it."""
     x_train, _, x, _ = data
     names, images = view_names(model.augs), tensors(x, model.augs, device)
     encoded = [model.encode(v) for v in images]
@@ -213,7 +227,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
     train = views(model.encode(torch.from_numpy(x_train[:20_000]).to(device)), model.maps)
     correct = torch.stack(correctly_classified(train, mapped)).cpu()
 
-    def each(latents):  # the nats of every view, drawn from these
+    def each(latents):  # the nats of every view, each drawn from its latents
         return {name: nats(model.decoder, z, x) for name, z, x in zip(names, latents, images)}
 
     any_to_any = {"orig": {name: row[name] for name in names}} | {
@@ -247,7 +261,7 @@ def measure(model: LAVAE, data: Sequence[np.ndarray], device: torch.device) -> d
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]]) -> None:
-    """Rows of (label, cells) under column heads; a cell is a number, a text, or None: nothing."""
+    """Print rows of (label, cells) under column heads. A cell is a number, a text or None."""
     rows = [[label, *("" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values)]
             for label, values in ((title, columns), *rows)]
     first, *widths = (2 + max(7, *map(len, column)) for column in zip(*rows))
@@ -257,25 +271,25 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Se
 
 
 def models_of(result: dict) -> dict[str, dict]:
-    """The rows of Table I in an evaluation: of the LAVAE and of the baselines, as far as there."""
+    """The rows of Table I that an evaluation has: of the LAVAE and of the baselines."""
     rows = result | result.get("baselines", {})
     return {name: rows[name] for name in LABELS if name in rows}
 
 
 def of_paper(numbers: dict[str, dict], dataset: str, source: str) -> dict:
-    """The paper's numbers for these augmentations: of PAPER_TABLE by --model, of PAPER_TOTALS by
-    target pair. Empty where it has none; all of them are MNIST's."""
+    """The paper's numbers for these augmentations, from PAPER_TABLE by the name of --model, or from
+    PAPER_TOTALS by target pair. Empty where it has none. It has them for MNIST only."""
     return numbers.get(source, {}) if dataset == "mnist" else {}
 
 
 def label_of(name: str, row: dict) -> str:
-    """What a model's row is called."""
+    """The label of a model's row."""
     told = {"digit": ", told the digit", "both": ", told view and digit"}
     return LABELS[name] + told.get(row.get("told"), "")
 
 
 def report(dataset: str, augs: Sequence[str], result: dict) -> None:
-    """Print the tables of a run, the paper's numbers beneath where it has them."""
+    """Print the tables of a run, with the paper's numbers below ours where there are any."""
     source, names, models = "+".join(augs), view_names(augs), models_of(result)
     columns, nothing, rows = [*names, "total"], [None] * len(names), []
     totals = of_paper(PAPER_TOTALS, dataset, source)
@@ -318,7 +332,7 @@ def report(dataset: str, augs: Sequence[str], result: dict) -> None:
 
 
 def report_transfers(transfers: dict[str, dict], paper: dict[str, float]) -> None:
-    """Print the row of each transfer, and the paper's total beneath where it has one."""
+    """Print the row of each transfer, with the paper's total below it where there is one."""
     for target, row in transfers.items():
         columns = [*view_names(target.split("+")), "total"]
         rows = [("LAVAE, D_B(E(x) L)", [row[c] for c in columns])]
@@ -332,7 +346,7 @@ def report_transfers(transfers: dict[str, dict], paper: dict[str, float]) -> Non
 
 
 def no_repeats(runs: Sequence["Run"]) -> str:
-    """In what runs differ, but for the seed; "" if in nothing: then they repeat one experiment."""
+    """Which settings differ between runs that should differ in their seeds alone. "": none."""
     first = runs[0].settings
     differ = [key for key in first if key not in ("seed", "device")
               and any(run.settings.get(key) != first[key] for run in runs)]
@@ -342,7 +356,7 @@ def no_repeats(runs: Sequence["Run"]) -> str:
 
 
 def report_seeds(group: Sequence["Run"]) -> None:
-    """Print mean and standard deviation of runs that differ in their seeds alone."""
+    """Print the mean and standard deviation of runs that differ in their seeds alone."""
     if why := no_repeats(group):
         print(f"no mean of {' and '.join(str(one.folder) for one in group)}: they differ in {why}")
         return
@@ -359,7 +373,7 @@ def report_seeds(group: Sequence["Run"]) -> None:
     if len(group) > 1 and "lavae" in results[0]:
         ours = [result["lavae"] for result in results]
         print("LAVAE, direct, total:", spread([sum(row["direct"].values()) for row in ours]))
-        print("LAVAE, reverse less composition:",
+        print("LAVAE, reverse minus composition:",
               spread([row["reverse"] - row[view_names(augs)[-1]] for row in ours]))
         print("LAVAE, probe accuracy, %:", spread([100 * row["probe_accuracy"] for row in ours]))
         for target in results[0]["transfer"]:
@@ -373,8 +387,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def heatmap_row(results: Sequence[dict]) -> dict[str, list[float]]:
-    """A source's row of the heat-map, from evaluations that differ in their seeds alone:
-    {"native": totals, "probe_accuracy": .., target: totals}."""
+    """A row of the heat-map, from evaluations of one source that differ in their seeds alone:
+    {"native": totals, "probe_accuracy": .., target: totals}. "native": of the first decoder."""
     return {"native": [result["lavae"]["total"] for result in results],
             "probe_accuracy": [result["lavae"]["probe_accuracy"] for result in results],
             **{target: [result["transfer"][target]["total"] for result in results]
@@ -382,10 +396,10 @@ def heatmap_row(results: Sequence[dict]) -> dict[str, list[float]]:
 
 
 def save_heatmap(runs: Sequence["Run"]) -> None:
-    """Print the heat-map of the runs, and write it into the folder of the first one's folder:
-    {source: row}; of several runs of one source the means. Raises OSError.
+    """Print the heat-map of the runs, {source: row}, and write it beside the first run's folder.
 
-    ValueError: they are no repeats of each other.
+    Several runs of one source are averaged. Raises OSError; ValueError: these differ in more than
+    their seeds.
     """
     folder, dataset, table = runs[0].folder.parent, runs[0].dataset, {}
     for source in dict.fromkeys("+".join(run.augs) for run in runs):
@@ -401,19 +415,19 @@ def save_heatmap(runs: Sequence["Run"]) -> None:
 
 
 def cell_of(row: dict, source: str, target: str) -> list[float]:
-    """The totals in a cell of the heat-map: on the diagonal the first decoder's. Empty: none."""
+    """The totals of a cell of the heat-map; on the diagonal those of the first decoder."""
     return row.get("native" if source == target else target, [])
 
 
 def beside_paper(dataset: str, table: dict) -> list[tuple[str, str, float, float]]:
-    """(source, target, mean total, the paper's) of each cell for which the paper has one."""
+    """(source, target, mean total, the paper's total) of each cell that the paper has, too."""
     return [(source, target, statistics.mean(totals), paper) for source, row in table.items()
             for target, paper in of_paper(PAPER_TOTALS, dataset, source).items()
             if (totals := cell_of(row, source, target))]
 
 
 def report_heatmap(dataset: str, table: dict) -> None:
-    """Print the heat-map, and how many cells are below the paper's, where it has them."""
+    """Print the heat-map, and how many of its cells are below the paper's."""
     targets = [*dict.fromkeys(key for row in table.values() for key in row)]
     print_table("trained on; transferred to", targets, [
         (source, [statistics.mean(row[key]) * (100 if key == "probe_accuracy" else 1)
@@ -427,7 +441,7 @@ def report_heatmap(dataset: str, table: dict) -> None:
 
 
 def pca(x: np.ndarray, k: int = 2) -> np.ndarray:
-    """The k directions of the largest variance: (N, d) to scores (N, k), by SVD."""
+    """Principal components, by SVD: (N, d) to the k directions of largest variance, (N, k)."""
     x = x - x.mean(0)
     directions = np.linalg.svd(x, full_matrices=False)[2][:k]
     largest = np.abs(directions).argmax(1)  # whose sign is +, so that figures do not flip
@@ -435,13 +449,14 @@ def pca(x: np.ndarray, k: int = 2) -> np.ndarray:
 
 
 def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
-    """The k independent components, (N, d) to (N, k) of unit variance: FastICA, log cosh.
+    """Independent components, by FastICA with log cosh: (N, d) to (N, k) of unit variance.
 
-    The first k principal components, made white, are turned until none looks more normal than it
-    must: w <- E[x g(w x)] - E[g'(w x)] w for each direction, then all made orthogonal again.
+    The first k principal components are scaled to unit variance. Then they are rotated until each
+    is as far from a normal distribution as possible. A step is w <- E[x g(w x)] - E[g'(w x)] w with
+    g = tanh, for each direction w; then the directions are made orthogonal again.
     """
     white = pca(x.astype(np.float64), k)
-    white /= white.std(0).clip(min=1e-12)  # of latents that carry nothing
+    white /= white.std(0).clip(min=1e-12)  # a collapsed latent has no variance
     W = np.linalg.qr(np.random.default_rng(seed).standard_normal((k, k)))[0]
     for _ in range(1000):
         g = np.tanh(white @ W.T)
@@ -453,12 +468,13 @@ def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
 
 
 def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray:
-    """Exact t-SNE, (N, d) to (N, 2): neighbours stay neighbours, distances mean little.
+    """Exact t-SNE, (N, d) to (N, 2): neighbours stay neighbours, but distances mean little.
 
-    P from Gaussians whose width gives each point `perplexity` neighbours; Q from Student's t in the
-    plane; gradient descent on KL(P || Q) with momentum and gains, the first 250 steps with 12 P; a
-    learning rate of N / 48 or 25, whichever is more. Starts at the principal components. N^2 work
-    and memory a step: thousands of points, no more.
+    P says how near two points are in d dimensions, under Gaussians whose width gives each point
+    `perplexity` neighbours. Q says the same in the plane, under Student's t. Gradient descent with
+    momentum and gains minimises KL(P || Q), in the first 250 steps with 12 P. It starts at the
+    principal components, and the learning rate is N / 48, at least 25. A step needs time and memory
+    of N^2, so take some thousands of points at most.
     """
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     n = len(x)
@@ -504,7 +520,7 @@ def draw(decoder: nn.Module, z: Tensor) -> np.ndarray:
 
 @dataclass
 class Run:
-    """What figures are made from: a run, measured, and the digits that all of them show."""
+    """What the figures are made from: a trained run, and the digits that all figures show."""
     folder: Path
     models: dict[str, LAVAE | CVAE]  # by the name of --model
     dataset: str  # its name
@@ -516,17 +532,17 @@ class Run:
     seed: int
 
     def __post_init__(self):
-        """The names of things: augmentations, views, and what is behind z in formulas, for each
-        view and last for the reverse composition."""
+        """names: of the views. products: what follows z in the formula of each view, and last in
+        that of the reverse composition: "", " L1", " L2", " L1 L2", " L2 L1"."""
         first = next(iter(self.models.values()))
         self.augs, self.settings, self.names = first.augs, first.settings, view_names(first.augs)
         order = range(1, len(self.augs) + 1)
-        self.products = [*views("", [lambda s, i=i: f"{s} L{i}" for i in order]),  # "", " L1", ..
+        self.products = [*views("", [lambda s, i=i: f"{s} L{i}" for i in order]),
                          "".join(f" L{i}" for i in reversed(order))]
 
     @cached_property
     def result(self) -> dict:
-        """What evaluation.json holds: measured when it is first asked for."""
+        """What evaluation.json holds. It is measured when it is first needed."""
         x, y = self.data[2:]
         images = tensors(x, self.augs, self.device)
         rows = {name: row_of(model, latents_of_views(model, x, y, self.device), images)
@@ -537,13 +553,14 @@ class Run:
         return ours | ({"baselines": rows} if rows else {})
 
     def model(self, name: str = "lavae") -> LAVAE | CVAE:
-        """The model of that name. Raises NotAvailable: it is not there."""
+        """The model of this name. Raises NotAvailable: the run has none."""
         require(name in self.models, "a LAVAE" if name == "lavae" else
              f"the model {name}: train it with `python train.py --baselines`")
         return self.models[name]
 
     def planar(self) -> LAVAE:
-        """The LAVAE. Raises NotAvailable: its latents fill no plane."""
+        """The LAVAE. Raises NotAvailable: it has one latent only, which cannot be drawn in a plane.
+        """
         require(self.model().latent_dim >= 2,
              "latents of two numbers or more: train with another --latent-dim")
         return self.model()
@@ -560,8 +577,10 @@ class Run:
 
     def through_maps(self, z: Tensor, formula: str = "D(z{})",
                      decoder: nn.Module | None = None) -> list[tuple[str, np.ndarray]]:
-        """Rows of a grid: what latents (N, latent_dim) give as each view, and last in the reverse
-        composition: (formula, pictures). decoder: a transfer's, in the place of the first."""
+        """Draw latents (N, latent_dim) as each view, and last in the reverse composition.
+
+        Returns rows of a grid, (formula, pictures). decoder: a head, instead of the first decoder.
+        """
         model = self.model()
         latents = [*views(z, model.maps), reverse(model, z)]
         return [(formula.format(L), draw(decoder or model.decoder, z_v))
@@ -569,11 +588,11 @@ class Run:
 
 
 class NotAvailable(ValueError):
-    """A run cannot have a figure; the message says what it needs."""
+    """A run cannot have this figure. The message says what it would need."""
 
 
 def require(there: bool, what: str) -> None:
-    """Raises NotAvailable where what a figure needs is not there."""
+    """Raises NotAvailable: what a figure needs is not there."""
     if not there:
         raise NotAvailable(f"needs {what}")
 
@@ -584,8 +603,10 @@ def spaced(groups: Iterable[Sequence]) -> list:
 
 
 def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: Sequence[tuple]) -> list:
-    """For each view: the images, and beneath them what was drawn in their place: (label, pictures)
-    for each view, once or more."""
+    """Rows of a grid: for each view the images, and below them what was drawn of it.
+
+    drawn: lists with (label, pictures) for each view.
+    """
     return spaced(zip(zip(view_names(augs), all_views(digits, augs)), *drawn))
 
 
@@ -593,14 +614,15 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
            (23, 190, 207), (227, 119, 194), (127, 127, 127)]
 
 
-Series = tuple[str, Sequence, str]  # label, points (N, 2), one of: dots, rings, line, path
+Series = tuple[str, Sequence, str]  # label, points (N, 2), style: dots, rings, line or path
 
 
 def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], side: int = 420,
           axes: tuple[str, str] | None = None, reach: float | None = None) -> Image.Image:
-    """Rows of panels (heading, series) under a title and a legend: a label has one colour in all.
+    """Rows of panels (heading, series) under a title and a legend. A label has one colour in all.
 
-    axes: their names; both begin at 0, with round ticks. reach: axes from -reach to reach.
+    axes: the names of x and y. With them both axes begin at 0 and have round ticks. reach: without
+    names, both axes go from -reach to reach; else the points fill the panel.
     """
     labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
     colours = dict(zip(labels, cycle(COLOURS)))
@@ -614,7 +636,7 @@ def chart(title: str, panels: Sequence[Sequence[tuple[str, Sequence[Series]]]], 
 
 def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
           axes: tuple[str, str] | None, reach: float | None) -> Image.Image:
-    """A square with points and lines in it, as large as they can be; see `chart`."""
+    """A square with points and lines in it, see `chart`."""
     page = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(page)
     every = np.concatenate([np.asarray(points, float) for _, points, _ in series])
@@ -622,6 +644,9 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
     if axes:
         ticks = [round_ticks(top) for top in high]
         low, high = np.zeros(2), np.array([values[-1] for values in ticks])
+    if reach is not None:  # a cross at 0
+        pen.line((0, side / 2, side, side / 2), "silver", 2)
+        pen.line((side / 2, 0, side / 2, side), "silver", 2)
     span, dots = np.where(high > low, high - low, 1), []
     for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
         at = ((np.asarray(points, float) - low) / span * [1, -1] + [0, 1]) * (side - 24) + 12
@@ -629,7 +654,7 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
             pen.line([*map(tuple, at)], colours[label], 4, "curve")
         radius = {"dots": max(2, side // 140), "rings": 9, "path": 5, "line": 0}[style]
         dots += [(x, y, radius, style == "rings", colours[label]) for x, y in at if radius]
-    rng = np.random.default_rng(0)  # in any order, so that no series hides another
+    rng = np.random.default_rng(0)  # in random order, so that no series hides another
     for x, y, r, hollow, colour in sorted(dots, key=lambda dot: (dot[2], rng.random())):
         pen.ellipse((x - r, y - r, x + r, y + r), None if hollow else colour, colour, 4)
     page = ImageOps.expand(page, 1, "silver")
@@ -637,8 +662,8 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
 
 
 def round_ticks(top: float, most: int = 6) -> list[float]:
-    """From 0 in steps of 1, 2 or 5 times a power of ten, up to `top` or the next step, `most` + 1
-    ticks or fewer."""
+    """Ticks from 0 to `top` or a little more, in steps of 1, 2 or 5 times a power of ten; at most
+    `most` + 1 of them."""
     step = next(step for power in range(-9, 10) for digit in (1, 2, 5)
                 if (step := digit * 10.0 ** power) * most >= top)
     return [step * i for i in range(max(1, math.ceil(top / step)) + 1)]
@@ -646,7 +671,7 @@ def round_ticks(top: float, most: int = 6) -> list[float]:
 
 def with_axes(page: Image.Image, names: Sequence[str], ticks: Sequence[Sequence[float]]
               ) -> Image.Image:
-    """A panel with the names of its axes, x and y, and their ticks, numbers from 0."""
+    """Add the names of the axes, x and y, and their ticks to a panel."""
     left, room = 100, page.width - 26  # the panel has a margin of 13 pixels
     whole = Image.new("RGB", (page.width + left + 20, page.height + 70), "white")
     whole.paste(page, (left, 10))
@@ -667,7 +692,7 @@ def with_axes(page: Image.Image, names: Sequence[str], ticks: Sequence[Sequence[
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Image.Image:
-    """Horizontal bars of (label, value, the paper's value or None), in nats an image."""
+    """Horizontal bars. bars: (label, value, the paper's value or None), in nats an image."""
     scale, rows = 1000 / max(v for _, *values in bars for v in values if v is not None), []
     for label, value, paper in bars:
         rows += [[], [text(label, 28), box((round(value * scale), 56), COLOURS[0],
@@ -678,8 +703,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]]) -> Im
 
 
 def heatmap(dataset: str, numbers: dict) -> Image.Image:
-    """What `save_heatmap` writes as a picture: rows are sources, columns targets, the paper's
-    totals beneath."""
+    """The heat-map of `save_heatmap` as a picture: rows are sources, columns are targets."""
     keys = [key for row in numbers.values() for key in row]
     columns = [key for key in dict.fromkeys([*PAPER_TOTALS, *keys]) if key in keys and "+" in key]
     rows = [[None, *(text(c.replace("+", "\n"), 26) for c in [*columns, "probe+accuracy"])]]
@@ -695,8 +719,8 @@ def heatmap(dataset: str, numbers: dict) -> Image.Image:
 
 
 def heatmap_cell(row: dict, source: str, target: str, paper: float | None) -> Image.Image | None:
-    """A cell of the heat-map: the mean total, a new decoder's and the paper's; blue where it is
-    lower than the paper's."""
+    """A cell of the heat-map: the mean total and the paper's, on the diagonal also a new decoder's.
+    It is blue where ours is lower than the paper's, and red where it is higher."""
     totals, notes = cell_of(row, source, target), []
     if not totals:
         return None
@@ -735,7 +759,7 @@ def fig4_inverses(run):
 
 
 def fig5_recursion(run, rounds=7):
-    """Fig. 5: output encoded and mapped again, seven rounds; two of the paths in the ICA plane"""
+    """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane"""
     model, path, rows = run.planar(), [run.encode(run.digits)], [("x", run.digits)]
     for k in range(1, rounds + 1):
         rows.append((f"round {k}", draw(model.decoder, model.maps[0](path[-1]))))
@@ -755,8 +779,11 @@ def fig5_recursion(run, rounds=7):
 
 
 def drift(path: np.ndarray, order: int | None) -> np.ndarray:
-    """How far n paths, (rounds + 1, n, d), are from their start when they should be back there,
-    after a multiple of `order` rounds; without an order how far they still go in the last."""
+    """How far each of n paths, (rounds + 1, n, d), is from where it should be: (n,).
+
+    After a multiple of `order` rounds a path should be back at its start. Without an order, it
+    should not move any more in the last round.
+    """
     rounds = len(path) - 1
     a, b = (0, rounds - rounds % order) if order else (rounds - 1, rounds)
     return np.linalg.norm(path[b] - path[a], axis=1)
@@ -797,7 +824,7 @@ def fig9_paired_cvae(run):
 
 def fig10_projections(run, n=200):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    n = min(n, 4000 // len(run.names))  # t-SNE compares each with each
+    n = min(n, 4000 // len(run.names))  # t-SNE compares each point with each
     images = all_views(run.data[2][:n], run.augs)
     z = run.encode(images[0])
     clouds = {"images": np.concatenate(images).reshape(-1, images[0][0].size) / 255,
@@ -811,7 +838,7 @@ def fig10_projections(run, n=200):
 
 
 def sampling(run):
-    """new digits: z uniform in the bounding box of the training originals' latents; its views"""
+    """new digits and their views: z uniform in the bounding box of the training images' latents"""
     z = run.encode(run.data[0][:10_000])
     share = torch.from_numpy(np.random.default_rng(run.seed).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
@@ -832,7 +859,7 @@ def interpolation(run):
 
 def any_to_any(run):
     """one digit from every view to every view"""
-    one = len(run.digits) * 7 // 10  # of ten the 7: its views look all different
+    one = len(run.digits) * 7 // 10  # of ten digits the 7: all its views look different
     model, rows = run.model(), []
     for v, (name, view) in enumerate(zip(run.names, all_views(run.digits[one:one + 1], run.augs))):
         drawn = run.through_maps(model.from_view(run.encode(view), v))[:-1]
@@ -852,7 +879,7 @@ def table1(run):
 
 
 def group_elements(run):
-    """every element of the group that turns and flips generate, most of them never shown"""
+    """every element of the group that turns and flips generate; some are never shown in training"""
     functions, found = [AUGMENTATIONS[aug] for aug in run.augs], elements(run.augs)
     require(len(found) > len(run.names),
             "augmentations with more products than views, like rotate_cw")
@@ -877,7 +904,7 @@ def eigenvalues(run):
             ("unit circle", np.stack([np.cos(turn), np.sin(turn)], 1), "line"),
             ("eigenvalue", values, "rings")]))
     reach = max(1, *(abs(complex(*v)) for values in found.values() for v in values))
-    return chart("Eigenvalues of the maps", [panels], 560, reach=1.1 * reach)
+    return chart("Eigenvalues of the maps, in the complex plane", [panels], 560, reach=1.1 * reach)
 
 
 def partial_augmentation(run):
@@ -890,7 +917,7 @@ def partial_augmentation(run):
 
 
 def partial_moving(run):
-    """the same, moving (GIF)"""
+    """half an augmentation, moving (GIF)"""
     there = [grid(f"Part of {run.augs[0]}, t = {t:.2f}", run.columns, [*part_of(run, t).items()],
                   cell=56) for t in np.linspace(0, 1, 13)]
     return there + there[::-1]
@@ -954,8 +981,8 @@ def training_curves(run):
 
 
 def curve_of(rows: Sequence[dict], key: str, smooth: int = 5) -> np.ndarray:
-    """(epoch, a loss), (N, 2), the means of so many hundredths of an epoch; at first it is off the
-    page."""
+    """(epoch, loss), (N, 2): means of the loss `key` over `smooth` hundredths of an epoch. The
+    first tenth of an epoch is left out, because its losses are too high for the chart."""
     points = np.array([[value for row in rows for value in row["curve"][name]]
                        for name in ("epoch", key)])
     smooth = min(smooth, points.shape[1])
@@ -964,7 +991,7 @@ def curve_of(rows: Sequence[dict], key: str, smooth: int = 5) -> np.ndarray:
 
 
 def training_moving(run):
-    """stage 1 as it learnt (GIF; needs a run with --record)"""
+    """stage 1 as it learns (GIF; needs a run with --record)"""
     run.planar()
     try:
         frames = lavae.read(run.folder / "recording.pt")
@@ -985,7 +1012,7 @@ def page(run, steps=20):
     model = run.linear()
     state = {name: t for name, t in model.state_dict().items() if not name.startswith("maps")}
     for name in ("encoder.linear.weight", "encoder.linear.bias"):
-        state[name] = state[name][:model.latent_dim]  # of mu; logvar is not needed
+        state[name] = state[name][:model.latent_dim]  # the rows of mu; logvar is not needed
 
     def halves(t):  # as little-endian float16
         return base64.b64encode(t.cpu().numpy().astype("<f2").tobytes()).decode()
@@ -1004,8 +1031,9 @@ def page(run, steps=20):
     return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
 
 
-# By name; --list prints their docstrings. Each takes a Run and returns a page, a list of pages (a
-# GIF), a text (HTML), or pages by name; it raises NotAvailable where the run lacks what it needs.
+# Each figure takes a Run. It returns a picture, a list of pictures (a GIF), a text (HTML), or
+# pictures by name. It raises NotAvailable where the run lacks what it needs. --list prints the
+# docstrings.
 FIGURES: dict[str, Callable] = {f.__name__: f for f in (
     fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae,
     fig10_projections, sampling, interpolation, any_to_any, table1, group_elements, eigenvalues,
@@ -1016,7 +1044,7 @@ FIGURES: dict[str, Callable] = {f.__name__: f for f in (
 
 
 def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
-    """Draw and save figures, a line for each as it comes; returns why some cannot be drawn."""
+    """Draw and save figures, and print a line for each. Returns why some cannot be drawn."""
     missing = []
     for name, f in figures.items():
         start = time.perf_counter()
@@ -1032,8 +1060,8 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
 
 
 def own_images(run: Run, paths: Sequence[Path]) -> dict[str, Image.Image]:
-    """Pictures of one's own, a row each: as MNIST would have it, its views, and what the maps draw
-    from it in their place. A figure like the others. Raises ValueError: one cannot be read."""
+    """A figure of one's own pictures: a row each, with its views and what the maps make of it.
+    Raises ValueError: a picture cannot be read."""
     x = np.stack([like_mnist(path) for path in paths])
     drawn = run.through_maps(run.encode(x), "D(E(x){})")
     columns = [row for row in view_rows(run.augs, x, drawn) if row]
@@ -1096,7 +1124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """The runs that the command line names, loaded. Raises OSError, ValueError: one is none."""
+    """Load the runs that the command line names. Raises OSError, ValueError: one cannot be read."""
     folders = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
     if options.heatmap:
         folders = [path.parent for folder in options.runs or [Path("runs/heatmap")]
@@ -1127,7 +1155,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
 
 
 def evaluate(run: Run) -> None:
-    """Print the tables of a run, and write evaluation.json and the figures that it can have."""
+    """Print the tables of a run, and write evaluation.json and all figures that it can have."""
     print(f"\n{run.folder}: {' and '.join(run.augs)}, {run.dataset}, "
           f"{len(run.data[2]):,} test images")
     report(run.dataset, run.augs, run.result)
@@ -1137,10 +1165,10 @@ def evaluate(run: Run) -> None:
 
 
 def models_in(folder: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
-    """The model of a run folder and its baselines in folders inside, by the name of --model.
+    """The model of a run folder, and the baselines in the folders inside, by the name of --model.
 
-    A baseline of other augmentations, data or seed is left out, and a line says so. Raises OSError,
-    ValueError: a model.pt that is none.
+    A baseline with other augmentations, data or seed is left out, and a line says so. Raises
+    OSError, ValueError: a model.pt cannot be read.
     """
     first, found = None, {}
     if not (folder / "model.pt").is_file() and any(folder.glob("*/model.pt")):

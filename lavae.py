@@ -3,11 +3,11 @@
               E              L_i               D
     image x ----> latent z ------> latent z L_i ----> augmented image A_i x
 
-From "Towards Composable Distributions of Latent Space Augmentations" (arXiv 2303.03462), in its
-order: encoder and decoder, the maps and the model, the losses of the three stages; then parts of an
-augmentation, the ablations, the CVAE, checkpoints and devices.
+This is the model of "Towards Composable Distributions of Latent Space Augmentations" (arXiv
+2303.03462). Read this file first. In order: encoder and decoder, the maps and the model, the losses
+of the three stages; then half an augmentation, the ablations, the CVAE, checkpoints and devices.
 
-    model = load("runs/flip_lr+flip_ud")
+    model = load("runs/flip_lr+flip_ud")                   # python train.py has made this folder
     mu, logvar = model.encoder(x)                          # x (B, 28, 28), values in [0, 1]
     flipped = model.decoder(model.maps[0](mu)).sigmoid()   # A_1 x, drawn from z L_1
 """
@@ -38,9 +38,9 @@ def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """x to mu, which formulas call E(x), and logvar: two convolutions of stride 2, a linear layer.
+    """x to mu and logvar: two convolutions of stride 2 and a linear layer. Formulas call mu E(x).
 
-    A CVAE's linear layer sees `condition_dim` more numbers, beside the features.
+    condition_dim: for a CVAE, how many numbers more its linear layer gets, beside the features.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, condition_dim: int = 0):
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of images and latents."""
+        """The dtype of the weights, and so of the images and latents."""
         return self.linear.weight.dtype
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,12 +64,13 @@ class Encoder(nn.Module):
 
 
 def hidden_layers(*widths: int) -> list[nn.Module]:
-    """Linear layers from width to width, a ReLU after each."""
+    """Linear layers from each width to the next, with a ReLU after each."""
     return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
 
 
 class GEGLU(nn.Module):
-    """Gated linear units with GELU, (z A + a) * gelu(z B + b): a unit can multiply two latents."""
+    """Gated linear units with GELU, (z A + a) * gelu(z B + b). So a unit can multiply two latents.
+    """
 
     def __init__(self, inputs: int, units: int):
         super().__init__()
@@ -84,11 +85,11 @@ class GEGLU(nn.Module):
 class Decoder(nn.Module):
     """D(z): a linear layer and two transposed convolutions of stride 2.
 
-    entry: what follows the linear layer, "relu", or "linear": nothing, as in the authors' code.
-    `hidden` adds two layers of that width before the linear one, for the heads of stage 3 (the
-    paper has none): views that look alike lie close together in z, and a head must recognise them.
-    The first is a GEGLU layer, because the product of two latents can show which maps were applied,
-    where the sign of one alone does not.
+    entry: what follows the linear layer: "relu", or "linear" for nothing, as in the authors' code.
+    hidden: the width of two more layers before the linear one, for gated heads; 0 for none, as in
+    the paper. A head must recognise the view of a latent, and views that look alike are close
+    together. The first of the two layers is a GEGLU layer: the product of two latents can show
+    which maps were applied, where the sign of one alone does not.
     """
 
     def __init__(self, latent_dim: int = 16, filters: int = 64, hidden: int = 0,
@@ -111,7 +112,8 @@ class Decoder(nn.Module):
 def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """z = mu + exp(logvar / 2) * eps with eps ~ N(0, I): the reparameterisation trick.
 
-    eps is drawn in float32 where the generator lives, which decides the numbers.
+    eps is drawn in float32 on the device of the generator. So a generator on the CPU gives the same
+    numbers to a model on any device, of any dtype.
     """
     drawn_on = (generator or mu).device
     eps = torch.randn(mu.shape, generator=generator, device=drawn_on, dtype=torch.float32).to(mu)
@@ -122,7 +124,7 @@ def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 
 
 def apply_in_order(x, maps: Iterable[Callable]):
-    """x under the first map, then under the second, .."""
+    """Apply the first map to x, then the second to the result, and so on."""
     return reduce(lambda x, f: f(x), maps, x)
 
 
@@ -142,7 +144,7 @@ class LatentMap(nn.Module):
         return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L.dtype).to(self.L.device)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
-        """The function `order_error` of L. `z` is not needed."""
+        """`order_error` of L. z is not needed; `NonlinearMap` needs it."""
         return order_error(self.L, order)
 
 
@@ -150,17 +152,18 @@ class LAVAE(nn.Module):
     """Encoder, decoder, a map for every augmentation, and a decoder head for every transfer.
 
     Args:
-        augs: the augmentations' names, in the order in which they compose.
-        transfers: for each further head the names that it puts in the place of `augs`, one to one.
+        augs: the names of the augmentations, in the order in which they compose.
+        transfers: for each head the names that replace `augs`, one for each.
         latent_dim, filters: d and C of appendix C.
-        latent_map: "linear", or for the ablation "mlp" or "mlp-wide".
-        originals_only: the plain VAE among the baselines: stage 1 sees no augmented view.
-        head: "gated", or "plain": a transfer's decoder is like the first one, as in the paper.
+        latent_map: "linear", or "mlp" or "mlp-wide" for the ablation.
+        originals_only: True for the VAE of originals, a baseline: stage 1 sees no augmented view.
+        head: "gated", or "plain" for heads like the first decoder, as in the paper.
         entry: of all decoders, see `Decoder`.
 
-    `decoder` draws the views that the latents were learnt from. A head draws others from the same
+    `decoder` draws the views that stage 1 has seen. A head draws other augmentations from the same
     latents: heads["shear_x+canny"] draws shear_x(x) from z L_1, although L_1 was learnt for
-    flip_lr. View number v, in the order of `augment.views`, uses map i where bit i of v is set.
+    flip_lr. Views are numbered in the order of `augment.views`. View v uses map i if bit i of v is
+    set, so view 3 uses both maps.
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"),
@@ -174,7 +177,7 @@ class LAVAE(nn.Module):
                               head=head, entry=entry)
         self.latent_dim = latent_dim
         self.stage1_views = [0] if originals_only else list(range(2 ** len(self.augs)))
-        # What stage 1 asks of the latents, see `equivariance_loss`; set by `train.build`:
+        # For the equivariance loss; `train.build` sets them:
         self.orders: list[int | None] = [None] * len(self.augs)
         self.least_squares, self.joint, self.involution_weight = False, None, 1.0
         self.encoder = Encoder(latent_dim, filters)
@@ -186,13 +189,16 @@ class LAVAE(nn.Module):
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The `stage1_views`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        """Of the `stage1_views`, (V, B, 28, 28) in [0, 1]: logits (V B, 28, 28), mu and logvar."""
         mu, logvar = self.encoder(x.flatten(0, 1))
         return self.decoder(sample(mu, logvar, noise)), mu, logvar
 
     def equivariance_loss(self, z: Tensor) -> Tensor:
-        """Of a batch's latents under all views, (2^K, B, d): the function `equivariance_loss`, or
-        the one with least-squares maps, or with `joint` the model's own maps and Eq. 6."""
+        """The loss of a batch's latents under all views, (2^K, B, d).
+
+        It is the function `equivariance_loss`; with `least_squares` the one of that name; with
+        `joint` Eq. 6 with the model's own maps.
+        """
         if self.joint:
             return maps_loss(self.maps, self.orders, self.involution_weight,
                              *original_and_singles(z))
@@ -202,20 +208,20 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 28, 28) to posterior means (N, latent_dim): the z of stages 2 and 3."""
+        """E(x): uint8 images (N, 28, 28) to means (N, latent_dim), the z of stages 2 and 3."""
         return torch.cat([self.encoder(pixels(block, self.encoder.dtype))[0]
                           for block in images.split(BLOCK)])
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
-        """The latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
+        """Map the latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
         return apply_in_order(z, (f for i, f in enumerate(self.maps) if view >> i & 1))
 
     def from_view(self, z: Tensor, view: int) -> Tensor:
-        """The way back, z L_2^-1 L_1^-1 for view 3."""
+        """Map the latents of a view back to those of originals: z L_2^-1 L_1^-1 for view 3."""
         maps = [f for i, f in enumerate(self.maps) if view >> i & 1]
         return apply_in_order(z, [f.inverse for f in reversed(maps)])
 
-    # For notebooks: images in [0, 1], (B, 28, 28), in and out, on the model's device.
+    # For notebooks. Images go in and come out in [0, 1], (B, 28, 28), on the model's device.
 
     @torch.no_grad()
     def augment(self, x: Tensor, *names: str) -> Tensor:
@@ -224,14 +230,17 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
-        """From any view to any: D(E(x) L_source^-1 L_target). Views are named as in the tables, the
-        left name goes first: "flip_lr+flip_ud", "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw"."""
+        """From any view to any: D(E(x) L_source^-1 L_target).
+
+        Views have the names of the tables. The left augmentation goes first: "flip_lr+flip_ud",
+        "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw".
+        """
         back = [f.inverse for f in reversed(self._maps(source))]
         return self.decoder(apply_in_order(self.encoder(x)[0], back + self._maps(target))).sigmoid()
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
-        """A part of an augmentation: D(E(x) L^t), with 0 <= t <= 1; see `matrix_power`."""
+        """A part of an augmentation, D(E(x) L^t) with 0 <= t <= 1, see `matrix_power`."""
         L = matrix_power(self._map(name).L, t)
         return self.decoder(self.encoder(x)[0] @ L).sigmoid()
 
@@ -247,64 +256,70 @@ class LAVAE(nn.Module):
 
 WEIGHTS = {"kl": 1.0, "equivariance": 150.0}  # in stage 1, see `train.weights_at`
 BLOCK = 250  # images at a time: few enough for the processor's caches
-HEAD_WIDTH = 16  # units a filter, of the two layers between z and the paper's first layer of a head
+HEAD_WIDTH = 16  # the two further layers of a gated head have this times `filters` units
 
 # ---------------------------------------------------------------- the losses of the three stages
 #
-#   stage 1   bce + kl + equivariance_loss   a batch, with maps Q made for it and thrown away
-#   stage 2   map_error + order_error        all data, by their moments, with the model's maps L
-#   stage 3   bce
+#   stage 1   bce + kl + equivariance_loss   of a batch, with maps Q made for this batch alone
+#   stage 2   map_error + order_error        of all data, by their moments, with the model's maps L
+#   stage 3   bce                            of a batch
 
 
 def bce(logits: Tensor, x: Tensor) -> Tensor:
-    """Reconstruction loss, nats an image: binary cross-entropy summed over pixels, mean of images.
+    """Binary cross-entropy in nats an image: summed over the pixels, mean over the images.
 
-    logits and x (B, 28, 28), x in [0, 1]. Stages 1 and 3 minimise it; the tables report it.
+    logits and x are (B, 28, 28), x in [0, 1]. Stages 1 and 3 minimise it, and the tables report it.
     """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over latents, mean of images."""
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over the latents, mean over the
+    images. mu and logvar are (B, latent_dim)."""
     return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / len(mu)
 
 
 def original_and_singles(views: Sequence) -> list:
-    """Of 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
+    """Choose from 2^K views the original and the K that stage 2 sees: x, A_1 x, .. A_K x."""
     return [view for i, view in enumerate(views) if i.bit_count() <= 1]
 
 
 def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
-    """How far a batch of latents is from having maps: the mean over images and latents of
-    (before Q_i - after)^2, summed over i.
+    """How far the latents of a batch are from having good maps.
 
-    Q_i is the best map for this batch among those that keep lengths and have the order of A_i, see
-    `procrustes`. It is computed for the batch and then dropped; stage 2 learns the maps L_i that
-    stay. z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`.
-    A_i is asked to do the same to every view that it comes after: A_2 to x and to A_1 x. (Pairs of
-    originals alone allow a map that turns mirrored digits the other way.)
+    It is the mean over images and latents of (before Q_i - after)^2, summed over the augmentations.
+    "before" are latents, and "after" those of the same images under A_i. Q_i is the best map for
+    this batch among those that keep lengths and have the order of A_i, see `procrustes`. It is not
+    kept: stage 2 learns the maps L_i of the model.
 
-    Eq. 5 allows a latent that is the sum of a feature a, which A_i keeps, and a feature b, whose
-    sign A_i changes: a + b becomes a - b, and no matrix computes that from a + b. This loss makes
-    the encoder put a and b into different latents.
+    A_i must do the same to every view that it comes after: A_2 to x and to A_1 x. (Pairs with
+    originals alone allow a map that turns mirrored digits the wrong way.)
+
+    z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`. orders:
+    the k of each augmentation, or None.
+
+    Why it is needed: Eq. 5 allows a latent that is the sum of a feature a, which A_i keeps, and a
+    feature b, whose sign A_i changes. Then a + b becomes a - b, and no matrix computes that from
+    a + b. This loss makes the encoder put a and b into different latents.
     """
     error = 0
     for i, order in enumerate(orders):
-        # Views 0 .. 2^i - 1 come before A_i; adding 2^i to a view's number applies A_i to it.
+        # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
         before, after = z[:2 ** i].flatten(0, 1), z[2 ** i:2 ** (i + 1)].flatten(0, 1)
-        with torch.no_grad():  # at the best Q the gradient with respect to Q is 0
+        with torch.no_grad():  # Q is a minimum, so its own gradient is 0
             Q = procrustes(before.T @ after, order)
         error = error + (before @ Q - after).square().mean()
     return error
 
 
 def procrustes(C: Tensor, order: int | None) -> Tensor:
-    """For C = z^T z_i, (d, d), the orthogonal Q (d, d) with Q^k = I that takes z nearest to z_i,
-    for k > 2 nearly; k is the order, None for any orthogonal matrix.
+    """The orthogonal Q (d, d) with Q^k = I that brings z Q nearest to z_i, from C = z^T z_i (d, d).
 
-    The orthogonal Procrustes problem: Q is the polar factor of C; for k = 2 of C + C^T, which makes
-    it symmetric. For other k each of its angles then goes to the nearest multiple of 2 pi / k, by
-    a <- a - sin(k a) / k. For latents that are collapsed to zero Q is I.
+    order: k. None: Q may be any orthogonal matrix. For k > 2 the result is nearly the best.
+
+    This is the orthogonal Procrustes problem, and its solution is the polar factor of C. For k = 2
+    it is that of C + C^T, which makes Q symmetric. For k > 2, each angle of Q then goes to the
+    nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. For collapsed latents, all zero, Q is I.
     """
     C = C + C.T if order == 2 else C
     Q = polar(C + 1e-5 * torch.linalg.norm(C) * torch.eye(len(C), dtype=C.dtype, device=C.device))
@@ -315,9 +330,11 @@ def procrustes(C: Tensor, order: int | None) -> Tensor:
 
 
 def polar(C: Tensor, rounds: int = 32) -> Tensor:
-    """The orthogonal matrix nearest to C (d, d): U V^T of C = U S V^T, by the iteration of Newton
-    and Schulz; singular values of 1e-5 |C| and more arrive within 32 rounds. (For `svd` the
-    host would wait for the device.)"""
+    """The orthogonal matrix nearest to C (d, d): U V^T, where C = U S V^T.
+
+    It is found by the iteration of Newton and Schulz. Singular values of 1e-5 |C| or more become 1
+    within 32 rounds. (With `svd` the host would wait for the device.)
+    """
     X = C / torch.linalg.norm(C).clamp(min=1e-30)
     for _ in range(rounds):
         X = polar_step(X)
@@ -325,54 +342,55 @@ def polar(C: Tensor, rounds: int = 32) -> Tensor:
 
 
 def polar_step(X: Tensor) -> Tensor:
-    """(3 X - X X^T X) / 2: every singular value s, at most 1.5, to (3 s - s^3) / 2, nearer to 1."""
+    """(3 X - X X^T X) / 2. Each singular value s <= 1.5 becomes (3 s - s^3) / 2, nearer to 1."""
     return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
 
 
 def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
-    """`equivariance_loss` for --paper-involution: Q_i is any matrix, found by least squares from
-    originals alone.
+    """`equivariance_loss` with --paper-involution: Q_i is the least-squares matrix from E(x) to
+    E(A_i x), of any kind. It may shrink a latent, and then Q_i^k is not the identity.
 
-    z: E(x); augmented: E(A_1 x) to E(A_K x), (B, d) each. Such a map may shrink a latent, and then
-    Q^k is not the identity.
+    z: E(x); augmented: E(A_1 x) to E(A_K x), (B, d) each.
     """
     targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
     with torch.no_grad():
         G = z.T @ z
-        G.diagonal().add_(1e-3 * G.diagonal().mean())  # some latents may be collapsed to zero yet
+        G.diagonal().add_(1e-3 * G.diagonal().mean())  # at first latents may be collapsed to zero
         L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
     return (z @ L - targets).square().sum() / z.numel()
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All that stage 2 needs, means over images: G of z^T z and C_i of z^T z_i, both (d, d), and of
-    |z_i|^2, ().
+    """The means over the images that stage 2 needs: G of z^T z (d, d), C_i of z^T z_i (d, d), and
+    that of |z_i|^2, a number.
 
-    z = E(x) and z_i = E(A_i x), (N, d) each; the result is float64 on the CPU.
+    z = E(x) and z_i = E(A_i x), (N, d) each. The results are float64 on the CPU.
     """
     z, z_i = z.cpu().double(), z_i.cpu().double()  # not every device has float64
     return z.T @ z / len(z), z.T @ z_i / len(z), (z_i ** 2).sum() / len(z)
 
 
 def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
-    """Mean over images and latents of (z L - z_i)^2, from the moments: the data is not needed.
+    """The first term of Eq. 6, the mean over images and latents of (z L - z_i)^2, from `moments`.
 
-    L: (.., d, d), the result (..), here and in `order_error`.
+    L: (d, d), or (.., d, d) for several at once; the result is a number, or (..).
     """
     products = (L.mT @ G @ L - 2 * L.mT @ C_i).diagonal(dim1=-2, dim2=-1)
     return (products.sum(-1) + z_i_squared) / L.shape[-1]
 
 
 def order_error(L: Tensor, order: int | None) -> Tensor:
-    """The second term of Eq. 6, ||I - L^k||_F^2: zero where applying L k times changes nothing.
+    """The second term of Eq. 6, the involution term ||I - L^k||_F^2: 0 if L^k changes nothing.
 
-    k is the order of the augmentation, the least number with A^k x = x: 2 for a flip (the paper's
-    "involution"), 4 for a quarter turn.
+    order: the k of the augmentation, the smallest number with A^k x = x. It is 2 for a flip (an
+    involution) and 4 for a quarter turn.
 
-    Where no power of A is the identity, as for canny, the order is None, and the term is a
-    hundredth of ||I - L L^T||_F^2: all views have the same prior, so a map should keep lengths. It
-    decides what the data leave open: directions in which all originals agree, because none of them
-    is a drawing of edges, say.
+    Some augmentations have no such k, for instance canny. For them the order is None, and the term
+    is ||I - L L^T||_F^2 / 100. All views have the same prior, so a map should keep lengths. The
+    small weight lets the data decide. The term only matters for directions in which the originals
+    do not differ, because the data say nothing there.
+
+    L: as in `map_error`.
     """
     unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     if order is None:
@@ -384,12 +402,12 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
 
 
 def matrix_power(L: Tensor, t: float) -> Tensor:
-    """L^t for a real matrix (d, d): real, continuous in t, I at t = 0 and L at t = 1.
+    """L^t for a real matrix (d, d). It is real and continuous in t, I at t = 0 and L at t = 1.
 
-    A plane that L turns by an angle is turned by t times the angle; directions that L reverses have
-    no real power of their own, and turn by pi t two by two, in an orthonormal basis, so that they
-    keep their length. An odd one out shrinks through zero, 1 - 2 t; then (L^(1/2))^2 is not L, and
-    no real matrix's square would be.
+    A plane that L rotates by an angle is rotated by t times this angle. A direction that L reverses
+    (eigenvalue -1) has no real power of its own. Two of them together span a plane, which L^t
+    rotates by pi t, so that they keep their length. If their number is odd, the last one is scaled
+    by 1 - 2 t instead. Then (L^(1/2))^2 is not L; no real matrix has the square L in this case.
     """
     M = L.cpu().double()
     values, vectors = torch.linalg.eig(M)
@@ -397,7 +415,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     reverses = values.angle().abs() > 0.75 * math.pi
     power = (vectors * torch.where(reverses, 0, values ** t) @ back).real
     if n := int(reverses.sum()):
-        P = (vectors * reverses @ back).real  # projects to the n reversed directions
+        P = (vectors * reverses @ back).real  # the projection to the n reversed directions
         U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
         values, vectors = torch.linalg.eig(-U.T @ M @ U)
         c, s = math.cos(math.pi * t), math.sin(math.pi * t)
@@ -418,14 +436,12 @@ class NonlinearMap(nn.Sequential):
         super().__init__(*hidden_layers(latent_dim, *hidden), nn.Linear(hidden[-1], latent_dim))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The map again: it has no inverse, but should be its own where the augmentation is."""
+        """The map again. It has no inverse, but a flip's map should be its own inverse."""
         return self(z)
 
     def order_error(self, order: int | None, z: Tensor) -> Tensor:
-        """Mean |z - f(f(..z))|^2 over latents z (N, latent_dim): ||I - L^k||^2 where z is white.
-
-        Nothing is asked of the map where the order is None.
-        """
+        """The mean of |z - f(f(..z))|^2 over latents z (N, latent_dim), with k times f; 0 if the
+        order is None. For a linear f and z ~ N(0, I) it is ||I - L^k||^2."""
         return (z - apply_in_order(z, [self] * (order or 0))).square().sum() / len(z)
 
 
@@ -435,11 +451,10 @@ LATENT_MAPS = {"linear": LatentMap,
 
 
 def set_joint(model: LAVAE, start: str, involution_weight: float = 1.0) -> None:
-    """For stages 1 and 2 in one: Eq. 6 with the model's own maps, of originals alone, takes the
-    place of the equivariance loss.
+    """Train stages 1 and 2 together: Eq. 6 with the model's maps replaces the equivariance loss.
 
-    start: "identity", the maps start at I and learn along; or "signs", they stay diagonals of +1
-    and -1, each pattern of signs equally often.
+    start: "identity": the maps start at I and learn in stage 1. "signs": they stay diagonals of +1
+    and -1, with each pattern of signs equally often.
     """
     model.joint, model.involution_weight = start, involution_weight
     if start == "signs":
@@ -456,10 +471,10 @@ def maps_loss(maps: Sequence[nn.Module], orders: Sequence[int | None], involutio
 
 
 def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """1000 times the squared maximum mean discrepancy of samples of q(z) and N(0, I), B of each.
+    """InfoVAE's prior loss: 1000 times the squared maximum mean discrepancy between B samples of
+    q(z) and B of N(0, I). The kernel is exp(-|a - b|^2 / d).
 
-    Its kernel is exp(-|a - b|^2 / d). InfoVAE's prior loss with its weight: it asks only that all
-    latents together look normal, where `kl` asks it of every image's.
+    It asks that the latents of all images together look normal. `kl` asks it for each image.
     """
     z, prior = sample(mu, logvar, generator), sample(0 * mu, 0 * logvar, generator)
 
@@ -474,15 +489,15 @@ def mmd(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) ->
 
 
 class CVAE(nn.Module):
-    """The paper's baseline: encoder and decoder are conditioned on numbers beside the features and
-    beside z, and the latents carry the rest.
+    """The paper's baseline, a conditional VAE. The encoder gets a condition beside the features,
+    and the decoder gets it beside z.
 
-    condition: what those numbers are:
-        "view"      one-hot of the view: all views are encoded and reconstructed ("naive")
-        "digit"     one-hot of the digit, labels 0 to classes - 1: likewise
-        "both"      the two together
-        "paired"    a bit for each augmentation: originals are encoded, and decoded to themselves
-                    and to each single augmentation; two bits at once are never shown
+    condition: what the model is told:
+        "view"      the view, one-hot; each view is encoded and drawn again ("naive")
+        "digit"     the digit, one-hot, labels 0 to classes - 1; the same training
+        "both"      the view and the digit; the same training
+        "paired"    a bit for each augmentation; the original is encoded, and drawn as itself and
+                    under each augmentation. Two bits at once are never shown.
     """
 
     def __init__(self, augs: Sequence[str] = ("flip_lr", "flip_ud"), condition: str = "view",
@@ -504,7 +519,7 @@ class CVAE(nn.Module):
         self.decoder = Decoder(latent_dim + width, filters, entry=entry)  # of z and the condition
 
     def conditions(self, views: Sequence[int], n: int, labels: Tensor | None = None) -> Tensor:
-        """The conditions of n images under each view, (V n, width); labels (n,) for the digits."""
+        """The conditions of n images under each view, (V n, width). labels: the digits, (n,)."""
         conditions = self.view_conditions[views].repeat_interleave(n, dim=0)
         if self.by_digit:
             digits = F.one_hot(labels, self.classes).to(conditions)
@@ -513,7 +528,7 @@ class CVAE(nn.Module):
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The `stage1_views`, (V, B, 28, 28) in [0, 1], to logits (V B, 28, 28), mu, logvar."""
+        """Of the `stage1_views`, (V, B, 28, 28) in [0, 1]: logits (V B, 28, 28), mu and logvar."""
         source, n = x[:1] if self.paired else x, x.shape[1]
         condition = self.conditions(self.stage1_views, n, labels)
         mu, logvar = self.encoder(source.flatten(0, 1), condition[:len(source) * n])
@@ -523,13 +538,13 @@ class CVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, view: int = 0, labels: Tensor | None = None) -> Tensor:
-        """uint8 images (N, 28, 28), all of one view, to posterior means (N, latent_dim)."""
+        """E(x): uint8 images (N, 28, 28), all of one view, to means (N, latent_dim)."""
         condition = self.conditions([view], len(images), labels)
         return torch.cat([self.encoder(pixels(block, self.encoder.dtype), c)[0]
                           for block, c in zip(images.split(BLOCK), condition.split(BLOCK))])
 
     def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
-        """Latents (N, latent_dim) to what makes the decoder draw that view: z and the condition."""
+        """What the decoder must be given to draw a view: latents (N, latent_dim) and condition."""
         return torch.cat([z, self.conditions([view], len(z), labels)], 1)
 
 
@@ -539,9 +554,10 @@ VERSION = 3  # of the files that `write` makes
 
 
 def write(content: dict, path: str | Path) -> None:
-    """Write tensors and plain data to `path`, and their SHA-256 behind them.
+    """Write tensors and plain data to `path`, followed by their SHA-256.
 
-    The old file stays good until the new one is whole. Raises OSError: no room, or not allowed.
+    An old file stays until the new one is complete. Raises OSError: the disk is full, or writing is
+    not allowed.
     """
     path, part = Path(path), Path(f"{path}.part")
     torch.save({"version": VERSION, **content}, buffer := io.BytesIO())
@@ -570,9 +586,9 @@ def write(content: dict, path: str | Path) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """What `write` wrote. Only tensors and plain data are read: no code in the file can run.
+    """Read what `write` wrote. Only tensors and plain data are read: no code in the file can run.
 
-    Raises ValueError: the file is damaged, something else, or of another version.
+    Raises OSError; ValueError: the file is damaged, something else, or of another version.
     """
     data, cure = Path(path).read_bytes(), "train again, with --overwrite or to another --out"
     try:
@@ -587,15 +603,15 @@ def read(path: str | Path) -> dict:
 
 
 def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
-    """Write the model and the plain-data settings that it was trained with. Raises OSError."""
+    """Write a model, and the settings that it was trained with. Raises OSError."""
     write({"class": type(model).__name__, "arguments": model.arguments, "settings": settings,
            "tensors": model.state_dict()}, path)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
-    """The model saved in a run folder (or a model.pt), ready for use: in eval mode, on `device`.
+    """Load the model of a run folder, or of a model.pt, in eval mode on `device`.
 
-    `model.settings` holds what `train.py` was told. Raises:
+    `model.settings` has the settings of train.py. Raises:
         FileNotFoundError: there is no such file, or no model.pt in the folder.
         ValueError: the file is not a checkpoint of this program.
     """
@@ -608,7 +624,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         if len(arguments["augs"]) > 5 or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("too many views, or a weight that is not finite")
         kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
-        with torch.device("meta"):  # weights are neither drawn nor written before the file's fit
+        with torch.device("meta"):  # no random weights are drawn for the ones that follow
             model = kind(**arguments).to_empty(device="cpu")
         model.load_state_dict(tensors)
         model.settings = dict(checkpoint["settings"])
@@ -618,17 +634,18 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
 
 
 def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
-    """Put a model on a CPU into channels_last order: 1.5 times as fast, with the same results."""
+    """Store a model on a CPU in channels_last order: 1.5 times as fast, with the same results."""
     if next(model.parameters()).device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
-        # glibc hands big blocks of freed memory back to the system, and a step frees and asks for
-        # many: a third of the time. Freeing 31 MiB at once raises its threshold for "big".
+        # glibc returns big blocks of memory to the system, and each step asks for many of them
+        # again: a third of the time. Freeing 31 MiB once makes glibc keep blocks up to that size.
         torch.empty(31 * 2 ** 20, dtype=torch.uint8)
     return model
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, MPS or the CPU. Raises ValueError: not there."""
+    """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises ValueError: there is
+    no such device here."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     names = ["auto", *there, "cpu"]
     if name not in names:
@@ -637,12 +654,11 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def verified_device(name: str, optimizer: type[torch.optim.Optimizer]) -> torch.device:
-    """The device called `name`, see `pick_device`, where it computes what the CPU does.
+    """`pick_device`, after a check that the device computes what the CPU does.
 
-    It runs the `self_test`: each tensor may be 1% of its length away from the CPU's, because any
-    two devices add in another order. (Some have been wrong by 10% and more, without an error.)
-    Where the difference is larger, or the test fails, "auto" is the CPU. Raises ValueError: any
-    other name.
+    It compares the results of `self_test`. Each tensor may differ by 1% of its length, because
+    devices add in different orders. (Some have been wrong by 10% and more, without an error.) If
+    more differs, or the test fails, "auto" is the CPU, and any other name raises a ValueError.
     """
     device = pick_device(name)
     if device.type == "cpu":
@@ -665,9 +681,9 @@ def verified_device(name: str, optimizer: type[torch.optim.Optimizer]) -> torch.
 
 
 def self_test(device: torch.device, optimizer: type[torch.optim.Optimizer]) -> list[Tensor]:
-    """The losses, gradients and weights after a step of a small LAVAE with a head, on a device.
+    """One training step of a small LAVAE with a head: its losses, gradients and new weights.
 
-    The same weights, images and noise for every device.
+    Weights, images and noise are the same on every device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

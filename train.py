@@ -1,7 +1,7 @@
 """Train a LAVAE in three stages.
 
     stage 1   encoder, decoder   min  BCE(v, D(z)) + KL(q(z|v) || N(0, I)) over all views v   Eq. 5
-                                      + the equivariance loss: how far E(A v) is from E(v) Q
+                                      + the equivariance loss                                 ours
     stage 2   L_1 .. L_K         min  mean (E(x) L_i - E(A_i x))^2 + |I - L_i^k|^2            Eq. 6
     stage 3   a new decoder D_B  min  BCE(B_v x, D_B(z L_v)) over all views v                 Eq. 7
               that draws other augmentations B from the same latents z = E(x)
@@ -12,7 +12,9 @@
     python train.py --baselines                            # and three models to compare it with
     python train.py --heatmap                              # four pairs, each transferred to all
 
-Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run folder.
+Writes model.pt (for `lavae.load` and `evaluate.py`) and metrics.json to the run folder. Read this
+file after lavae.py. In order: the three stages, their loop, settings and runs, the command line,
+and how a run is kept safe.
 """
 
 import argparse
@@ -40,10 +42,10 @@ from augment import (AUGMENTATIONS, DATA_DIR, DATASETS, ORDERS, PAIRS, all_views
 from lavae import (CVAE, LATENT_MAPS, LAVAE, bce, map_error, moments, order_error,
                    original_and_singles, pixels)
 
-MAP_STEPS = 2000  # of stage 2: the whole data set each, in half a millisecond
+MAP_STEPS = 2000  # of stage 2; each is on all data, and takes half a millisecond
 MAP_LR = 1e-2
 MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
-NOISE, SHUFFLE = 10 ** 6, 2 * 10 ** 6  # added to --seed: else noise and weights were the same
+NOISE, SHUFFLE = 10 ** 6, 2 * 10 ** 6  # added to --seed: else noise would repeat the weights
 
 # ---------------------------------------------------------------- the three stages
 
@@ -52,14 +54,21 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
            weights: dict[str, float] = lavae.WEIGHTS, prior_loss: str = "kl",
            batches_of: str = "images", batch_size: int = 128, seed: int = 0,
            recorder: "Recorder | None" = None, **schedule) -> list[dict]:
-    """Populate the latent space (Eq. 5): encoder and decoder learn on all views alike.
+    """Stage 1 (Eq. 5): encoder and decoder learn to draw all views, each from itself.
 
-    images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device. labels:
-    (N,), for a CVAE that is told the digits. weights: of the losses, see `weights_at`. prior_loss:
-    "kl" or "mmd". batch_size counts views: all views of some images, or with batches_of "views" any
-    of them. `fit` takes the schedule. Returns the history: one dict per epoch with the means of
-    the losses, in nats an image but for the equivariance loss.
-    A model may learn from fewer views than there are, and then sees each of them more often.
+    Args:
+        images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device.
+        labels: the digits, (N,), for a CVAE that is told them.
+        weights: of the losses, see `weights_at`.
+        prior_loss: "kl" or "mmd".
+        batches_of: a batch has batch_size views. "images": all views of some images; "views": any
+            views of any images.
+        recorder: takes pictures during training.
+        schedule: the further arguments of `fit`.
+
+    Returns the history: a dict for each epoch, with the mean of each loss. They are in nats an
+    image, but for the equivariance loss, which is a mean square of latents. An epoch always has as
+    many images, so a model with fewer `stage1_views` sees each of them more often.
     """
     print(f"stage 1: encoder and decoder learn to draw {len(model.stage1_views)} of {len(images)} "
           f"views of {images.shape[1]:,} images")
@@ -70,7 +79,7 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
     def losses_of(index, t):
         if recorder:
             recorder.record(t, model, images)
-        if batches_of == "views":  # index counts all images under the first view, the second, ..
+        if batches_of == "views":  # index counts all images of the first view, then the second, ..
             x = images[shown[index // images.shape[1]], index % images.shape[1]][None]
         else:
             x = images[shown[:, None], index]
@@ -96,28 +105,31 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
 
 
 def weights_at(t: float, weights: dict[str, float]) -> dict[str, float]:
-    """The weights of stage 1's losses at the fraction t of all steps, of a one-cycle schedule.
+    """The weights of the losses of stage 1 when the fraction t of all steps is done.
 
-    The prior's grows for the first twentieth: at full weight from the start all latents may
-    collapse to zero. The equivariance loss's grows with the square of t, to three times its mean:
-    first the latents must decide how many directions a map keeps and reverses.
+    The weight of the prior loss grows in the first twentieth of the steps. (At full weight from the
+    start, all latents may collapse to zero.) The weight of the equivariance loss grows with t^2, to
+    three times its mean: first the latents must decide how many directions a map keeps.
     """
     growth = {"kl": min(1, 20 * t), "equivariance": 3 * t * t}
     return {name: weight * growth.get(name, 1) for name, weight in weights.items()}
 
 
 def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0) -> list[dict]:
-    """Learn the maps (Eq. 6); the compositions are never shown.
+    """Stage 2 (Eq. 6): the maps learn. Compositions are never shown.
 
     latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each. The k of each
-    map are `model.orders`, see `lavae.order_error`. The loss is quadratic in the latents, so their
-    second moments say all: one pass over the data, then full-batch steps on matrices of latent_dim
-    x latent_dim. They start at the least-squares solution G^-1 C_i, whose eigenvalues have the
-    right signs: the involution term has a minimum for every choice of signs, and from a random
-    start it holds the maps at a wrong one. Returns a dict for each map: mean squared error of the
-    latents by least squares (the floor) and by L; `order_error`; the relative decrease of the loss,
-    at most, that is left: gradient . H^-1 gradient / 2, with the data's Hessian H = 2 G / d. Raises
-    FloatingPointError: a map is not finite.
+    map is in `model.orders`, see `lavae.order_error`.
+
+    The loss is quadratic in the latents. So their second moments are all that it needs: one pass
+    over the data, and then each step only needs matrices of latent_dim x latent_dim. A map starts
+    at the least-squares solution G^-1 C_i, whose eigenvalues have the right signs. (The involution
+    term has a minimum for every choice of signs, and keeps a map at wrong ones.)
+
+    Returns a dict for each map: the mean squared error of the latents, "least_squares" with the
+    start and "error" with L; "order_error"; and "remaining", a bound for how much the loss could
+    still fall, as a fraction: gradient . H^-1 gradient / 2, with the Hessian H = 2 G / d of the
+    first term. Raises FloatingPointError: a map is not finite.
     """
     print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
     history = []
@@ -127,7 +139,7 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
         def loss_of(L):
             return map_error(L, G, C_i, squared) + involution_weight * order_error(L, order)
 
-        # gelsd, because the default, gelsy, reads memory that nobody set in older torch
+        # In older torch the default driver, gelsy, reads uninitialised memory.
         least_squares = torch.linalg.lstsq(G, C_i, driver="gelsd").solution
         L = least_squares.clone().requires_grad_()
         optimizer = AdaBelief([L])
@@ -154,11 +166,11 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
 
 def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, batch_size: int = 128,
            seed: int = 0, **schedule) -> list[dict]:
-    """Transfer (Eq. 7): a new head learns to draw the views of other augmentations.
+    """Stage 3, transfer (Eq. 7): a head learns to draw the views of other augmentations.
 
-    z: (2^K, N, latent_dim), the originals' latents under every combination of the maps; images:
-    uint8 (2^K, N, 28, 28), the views to draw from them; `fit` takes the schedule. Returns the
-    history: one dict per epoch, mean loss.
+    names: those augmentations. z: the latents of the originals under all maps, z, z L_1, z L_2, ..,
+    (2^K, N, latent_dim). images: the views to draw from them, uint8 (2^K, N, 28, 28). schedule: the
+    further arguments of `fit`. Returns the history: a dict for each epoch, with the mean loss.
     """
     print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
     head = model.heads["+".join(names)]
@@ -173,10 +185,10 @@ def stage3(model: LAVAE, names: Sequence[str], z: Tensor, images: Tensor, batch_
 
 def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0,
                      batch_size: int = 128, seed: int = 0, **schedule) -> list[dict]:
-    """Stage 2 of the ablations: arguments and result as there, but for least squares; and `fit`'s
-    schedule.
+    """Stage 2 of the ablations, with the arguments of `stage2` and further ones for `fit`.
 
-    An MLP in the place of L needs the data itself; maps that stage 1 has learnt need nothing more.
+    An MLP in the place of L needs the data itself, in batches. Maps that stage 1 has learnt are
+    only measured. Returns a dict for each map, as `stage2` does, without "least_squares".
     """
     print(f"stage 2: maps of the kind {type(model.maps[0]).__name__}")
     loss = partial(lavae.maps_loss, model.maps, model.orders, involution_weight)
@@ -198,12 +210,14 @@ def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
         parameters: list[Tensor], batches: "Batches", epochs: int = 1, lr: float = 9e-3,
         lr_schedule: str = "one-cycle", checkpoint: "Checkpoint | None" = None,
         state: dict | None = None) -> list[dict]:
-    """Minimise losses_of(index, t)["loss"] with AdaBelief; returns each epoch's mean losses.
+    """The training loop: minimise losses_of(index, t)["loss"] with AdaBelief.
 
-    index: the image numbers of a batch; t: the fraction of all steps that are done. With a
-    checkpoint it goes on after the last epoch that was saved under the name of the stage; `state`
-    is what losses_of changes, by name: generators, and what has a state_dict. Raises
-    FloatingPointError: a loss is infinite or not a number; KeyboardInterrupt.
+    index: the image numbers of a batch. t: the fraction of all steps that is done. checkpoint: go
+    on after the last epoch that it holds for this stage, and save each epoch to it. state: what
+    losses_of changes, by name: generators, and objects with a state_dict.
+
+    Returns the history, a dict for each epoch. Raises FloatingPointError: a loss is not finite;
+    KeyboardInterrupt.
     """
     optimizer, device = AdaBelief(parameters), parameters[0].device
     state = {"optimizer": optimizer, "shuffle": batches.shuffle, **(state or {})}
@@ -225,18 +239,18 @@ def fit(stage: str, losses_of: Callable[[Tensor, float], dict[str, Tensor]],
 
 
 def one_cycle(t: float, warm_up: float = 0.25) -> float:
-    """The learning rate at the share t of all steps, as a share of its peak: up, then a cosine."""
+    """The learning rate as a fraction of its peak, when the fraction t of all steps is done. It
+    rises linearly, then falls like a cosine."""
     if t < warm_up:
         return t / warm_up
     return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
 
 
 class Batches:
-    """Image numbers in batches, shuffled anew in each epoch, like torch's DataLoader.
+    """Image numbers in batches, shuffled in each epoch, like torch's DataLoader.
 
-    A batch holds all n_views views of its images, so that no step favours a view: batch_size counts
-    augmented images, so there are batch_size // n_views originals, `min_images` or more. An epoch
-    holds views_per_epoch augmented images, or all once.
+    A batch has all n_views views of its images. So it has batch_size // n_views images, but at
+    least `min_images`. An epoch has `views_per_epoch` views, by default all views of all images.
     """
 
     def __init__(self, n_views: int, n_images: int, batch_size: int = 128, seed: int = 0,
@@ -256,10 +270,10 @@ class Batches:
 
 
 class Progress:
-    """The mean losses of an epoch, and of each hundredth of it; and a line that shows them.
+    """Collects the losses of an epoch, and prints a line about it.
 
-    On a terminal the line is rewritten twice a second, elsewhere it is written once an epoch. The
-    losses stay on the device until the epoch ends, so that no step waits for it.
+    On a terminal the line is renewed twice a second, elsewhere it is printed once an epoch. The
+    losses stay on the device until the epoch ends: a step that fetched them would wait for it.
     """
 
     def __init__(self, stage: str, epochs: int, batches: Batches, done: int = 0):
@@ -271,7 +285,7 @@ class Progress:
         self.losses, self.sizes = [], []  # of the epoch's steps
 
     def add(self, losses: dict[str, Tensor], n: int) -> None:
-        """Count a step on n images. Raises KeyboardInterrupt: Ctrl-C was pressed."""
+        """Add the losses of a step on n images. Raises KeyboardInterrupt: Ctrl-C was pressed."""
         self.losses.append(torch.stack([*losses.values()]).detach())
         self.sizes.append(n)
         if self.terminal and time.perf_counter() - self.printed > 0.5:
@@ -281,8 +295,11 @@ class Progress:
             raise KeyboardInterrupt
 
     def end_epoch(self, names: Sequence[str]) -> dict:
-        """The epoch's row of the history, of losses with these names, "loss" first; and a line.
-        Raises FloatingPointError."""
+        """Print the line of the epoch, and return its dict for the history.
+
+        names: of the losses, "loss" first. "curve" has the means over each hundredth of the epoch.
+        Raises FloatingPointError: a loss is not finite.
+        """
         losses, sizes = torch.stack(self.losses).cpu().double().numpy(), np.array(self.sizes)
         finite = np.isfinite(losses[:, 0])
         if not finite.all():
@@ -312,7 +329,7 @@ class Progress:
 
 # ---------------------------------------------------------------- from settings to a run
 
-PRESETS = {  # each of these and of the next two is also an option of its own
+PRESETS = {  # each name in here, and in the next two, is also an option
     "quick": dict(filters=20, epochs=2, transfer_epochs=1),
     "laptop": dict(filters=32, epochs=6, transfer_epochs=2),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100)}  # and --as-published
@@ -327,20 +344,22 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its latents of the views"}
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
-MODELS_WITH = {  # the options that go with some models only
+MODELS_WITH = {  # the options that only some models have
     "baselines": ["lavae"], "heatmap": ["lavae"], "transfer": ["lavae", "vae"],
     "no_transfer": ["lavae"], "condition": ["cvae"], "latent_map": ["lavae", "vae"],
     "joint": ["lavae"], "record": ["lavae"], "batches_of": ["lavae", "vae"],
     "head": ["lavae", "vae"]}
-NO_RESULT = {  # the settings on which nothing that is written depends
+NO_RESULT = {  # the settings that do not change the result
     "baselines", "heatmap", "all_targets", "no_transfer", "preset", "as_published", "data_dir",
     "resume", "overwrite", "out"}
 
 
 @dataclass
 class Settings:
-    """What a run can be told: each option of the command line, and `Settings(epochs=1)` in a
-    notebook. None is what the preset or the other settings say. Raises ValueError: they clash."""
+    """The options of the command line, also for notebooks: `Settings(epochs=1)`.
+
+    None means: as the preset, or another setting, says. Raises ValueError: two settings clash.
+    """
     model: str = "lavae"
     baselines: bool = False
     heatmap: bool = False
@@ -428,19 +447,20 @@ class Settings:
                 f"{self.dataset}; {self.preset} preset, {self.device}, seed {self.seed}")
 
     def config(self) -> dict:
-        """What decides the result, as plain data."""
+        """The settings that decide the result, as plain data."""
         return {name: value for name, value in asdict(self).items() if name not in NO_RESULT}
 
 
 def flag(name: str) -> str:
-    """How the command line calls a setting."""
+    """The option of a setting: batch_size is --batch-size."""
     return "--" + name.replace("_", "-")
 
 
 def runs_of(settings: Settings) -> list[Settings]:
-    """The settings of all runs that these ask for.
+    """The settings of each run that is asked for.
 
-    --baselines: the LAVAE, and the others in folders inside its own; --heatmap: a folder a pair.
+    --baselines adds the other models, in folders inside the LAVAE's. --heatmap is a run for each
+    pair of augmentations.
     """
     if settings.heatmap:
         targets = PAIRS + MORE_TARGETS * settings.all_targets
@@ -454,7 +474,7 @@ def runs_of(settings: Settings) -> list[Settings]:
 
 
 def build(settings: Settings, classes: int = 10) -> LAVAE | CVAE:
-    """The untrained model; classes: of the digits that a CVAE may be told."""
+    """The untrained model. classes: how many digits there are, for a CVAE that is told them."""
     size = dict(latent_dim=settings.latent_dim, filters=settings.filters,
                 entry=settings.decoder_entry)
     if settings.model.startswith("cvae"):
@@ -470,19 +490,19 @@ def build(settings: Settings, classes: int = 10) -> LAVAE | CVAE:
 
 
 def orders_of(augs: Sequence[str], paper_involution: bool = False) -> list[int | None]:
-    """The order k that each map should have: A_i^k x = x. The paper has 2 for all of them."""
+    """The order k of each augmentation, A_i^k x = x, or None. The paper has 2 for all of them."""
     return [2 if paper_involution else ORDERS.get(aug) for aug in augs]
 
 
 def view_tensor(images: np.ndarray, augs: Sequence[str], device: torch.device) -> Tensor:
-    """The views of uint8 images (N, 28, 28) on the device, (2^K, N, 28, 28)."""
+    """The views of uint8 images (N, 28, 28), as a tensor on the device, (2^K, N, 28, 28)."""
     return torch.from_numpy(np.stack(all_views(images, augs))).to(device)
 
 
 def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> None:
-    """The three stages, one after the other, on settings.device; writes model.pt and metrics.json.
+    """Run the three stages on settings.device, and write model.pt and metrics.json.
 
-    x_train: uint8 (N, 28, 28); y_train: the digits, (N,), or None.
+    x_train: uint8 (N, 28, 28). y_train: the digits, (N,), or None.
     """
     torch.manual_seed(settings.seed)
     device, history, start = torch.device(settings.device), {}, time.perf_counter()
@@ -526,7 +546,7 @@ def train_one(settings: Settings, x_train: np.ndarray, y_train: np.ndarray) -> N
 
 
 def made_with(device: str) -> dict:
-    """When, and by what: the day, the versions and the hardware, for metrics.json."""
+    """The date, the versions and the hardware, for metrics.json."""
     hardware = platform.processor() or platform.machine()
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
@@ -540,7 +560,7 @@ def made_with(device: str) -> dict:
 
 @tolerant_output()
 def run(settings: Settings) -> LAVAE | CVAE:
-    """Train all that the settings ask for, and return the model (of several runs the first's).
+    """Train what the settings ask for, and return the model. Of several runs, it is the first's.
 
     Raises OSError, ValueError: something is missing, in the way, or does not fit;
     FloatingPointError: a loss is not finite; KeyboardInterrupt: its text says how to go on.
@@ -566,7 +586,7 @@ def run(settings: Settings) -> LAVAE | CVAE:
 
 
 def dataset(text: str) -> str:
-    """An argparse type: the name of a data set, or of a .npz file."""
+    """A type for argparse: the name of a data set, or of a .npz file."""
     if text not in DATASETS and not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(DATASETS)}, or a file that ends in .npz, not {text!r}")
@@ -574,17 +594,16 @@ def dataset(text: str) -> str:
 
 
 AS_PUBLISHED_HELP = (
-    "the method as the paper and the authors' code have it; all these options together:\n  "
+    "the paper's losses and decoders, and the optimiser's settings in the authors' code:\n  "
     + " ".join(f"{flag(name)} {value}" for name, value in AS_PUBLISHED.items()
                if value is not True).replace(" --decoder", "\n  --decoder")
     + " --paper-involution\n"
-    "Two things stay ours and redefine nothing in the paper: stage 2 finds the minimum of Eq. 6\n"
-    "from the moments of all latents, started at least squares (from a random start the\n"
-    "involution term can hold a map at wrong signs), and augmentations are fixed functions")
+    "Two things stay ours: stage 2 starts from the least-squares matrices and computes Eq. 6 from\n"
+    "averages over all images, and augmentations are fixed functions of the image")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number, int or float, from low to high."""
+    """A type for argparse: a number, int or float, from low to high."""
     def read(text):
         try:
             value = kind(text)
@@ -599,8 +618,8 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def parser_of() -> argparse.ArgumentParser:
-    """The command line; its help is the manual. What is not given is left to `Settings`."""
-    parser = argparse.ArgumentParser(  # without a usage line, an error is one line
+    """The command line. Options that are not given are left to `Settings`."""
+    parser = argparse.ArgumentParser(  # no usage line, so that an error is one line
         description=__doc__, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawTextHelpFormatter)
     what_to_train(parser.add_argument_group("what is trained"))
@@ -620,22 +639,22 @@ def what_to_train(group: argparse._ArgumentGroup) -> None:
         help="train on each of the paper's four pairs, and transfer each to all four, in folders\n"
              "inside the run folder (default runs/heatmap); pairs that are finished are kept")
     add("--all-targets", action="store_true",
-        help="with --heatmap: to the three further pairs of the authors' code, too")
+        help="with --heatmap: transfer to the three further pairs of the authors' code, too")
     add("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
         help="augmentations to learn, five at most, in the order in which they compose\n"
              f"(default flip_lr flip_ud) of {', '.join(AUGMENTATIONS)}")
     transfer = group.add_mutually_exclusive_group().add_argument
     transfer("--transfer", nargs="+", action="append", choices=AUGMENTATIONS, metavar="B",
-             help="train a further decoder head that draws these, one for each of --augs;\n"
-                  "may be repeated (default shear_x canny, where --augs are two)")
+             help="train another decoder, a head, that draws these, one for each of --augs;\n"
+                  "may be repeated (default shear_x canny, if --augs are two)")
     transfer("--no-transfer", action="store_true", help="leave stage 3 out")
     add("--condition", choices=["view", "digit", "both"],
         help="what --model cvae is told (default view)")
     add("--latent-map", choices=LATENT_MAPS,
-        help="an MLP in the place of each L: an ablation (default linear)")
+        help="an ablation: a small network, an MLP, in the place of each matrix (default linear)")
     add("--joint", choices=["identity", "signs"],
-        help="an ablation: stages 1 and 2 in one, Eq. 5 + equivariance weight * Eq. 6; the maps\n"
-             "start at I, or stay at diagonals of +-1")
+        help="an ablation: stages 1 and 2 together, Eq. 5 + equivariance weight * Eq. 6; the maps\n"
+             "start at the identity, or stay diagonals of +1 and -1")
 
 
 def how_to_train(group: argparse._ArgumentGroup) -> None:
@@ -646,36 +665,39 @@ def how_to_train(group: argparse._ArgumentGroup) -> None:
         for name, preset in PRESETS.items()) + "; implies --as-published")
     add("--as-published", action="store_true", help=AS_PUBLISHED_HELP)
     add("--filters", type=number(int, 1, 512), metavar="N",
-        help="of the first convolution (appendix C)")
-    add("--latent-dim", type=number(int, 1, 512), metavar="N", help="(default 16)")
-    add("--epochs", type=count, metavar="N", help="of stage 1, over all views of all images")
-    add("--transfer-epochs", type=count, metavar="N", help="of stage 3, the same for each head")
+        help="filters of the first convolution (appendix C)")
+    add("--latent-dim", type=number(int, 1, 512), metavar="N",
+        help="numbers in a latent (default 16)")
+    add("--epochs", type=count, metavar="N", help="epochs of stage 1, over all views of all images")
+    add("--transfer-epochs", type=count, metavar="N", help="epochs of stage 3, for each head")
     add("--lr", type=number(float, 1e-9, 1e3), metavar="X",
         help="the learning rate's peak in stage 1 (default 9e-3); half of it for gated heads")
     add("--lr-schedule", choices=["one-cycle", "constant"],
         help="one-cycle (default): the learning rate rises for a quarter of the steps, then falls\n"
-             "to 0, and the prior's weight grows for a twentieth; constant: both from the start")
+             "to 0, and the weight of the KL term grows in the first twentieth; constant: neither")
     add("--batches-of", choices=["images", "views"],
         help="in stage 1: all views of the same images (default), or any views of any images")
     add("--batch-size", type=number(int, 1, 8192), metavar="N",
-        help="augmented images a step (default 128); with the equivariance loss stage 1 takes\n"
-             "2 * latent dim * views or more, because a map fits fewer whatever they are")
+        help="views in a batch (default 128). With the equivariance loss stage 1 takes at least\n"
+             "2 * latent dim * views, because a matrix can fit fewer images perfectly")
     add("--decoder-entry", choices=["relu", "linear"],
         help="what follows a decoder's linear layer (default relu; linear: nothing)")
     add("--head", choices=["gated", "plain"],
-        help="a transfer's decoder: with two more layers, the first gated (default), or like the\n"
-             "first decoder")
-    add("--kl-weight", type=weight, metavar="X", help="in stage 1 (default 1)")
+        help="the decoder of a transfer: with two more layers, the first of them gated (default),\n"
+             "or like the first decoder")
+    add("--kl-weight", type=weight, metavar="X",
+        help="weight of the KL term in stage 1 (default 1)")
     add("--equivariance-weight", type=weight, metavar="X",
-        help="of the equivariance loss in stage 1 (default 150), on average: it grows from 0 to\n"
-             "three times this; 0 leaves Eq. 5 as the paper has it")
+        help="weight of the equivariance loss in stage 1 (default 150). It is a mean: the weight\n"
+             "grows from 0 to three times this. 0 leaves Eq. 5 as in the paper")
     add("--involution-weight", type=weight, metavar="X",
-        help="of the involution term |I - L^k|^2 in stage 2 (default 1)")
+        help="weight of the involution term |I - L^k|^2 in stage 2 (default 1)")
     add("--paper-involution", action="store_true",
-        help="k = 2 for all, as in the paper; an equivariance loss has least-squares maps then.\n"
-             "Default: the order of the augmentation, 2 for flips, 4 for quarter turns; where no\n"
-             "power is the identity, a hundredth of |I - L L^T|^2")
-    add("--prior-loss", choices=["kl", "mmd"], help="in stage 1 (default kl)")
+        help="the order k = 2 for all augmentations, as in the paper; an equivariance loss then\n"
+             "uses least-squares matrices. Default: the true order, 2 for flips, 4 for turns;\n"
+             "where there is none, as for canny, the term is |I - L L^T|^2 / 100")
+    add("--prior-loss", choices=["kl", "mmd"],
+        help="what keeps latents near N(0, I) in stage 1: kl (default), or InfoVAE's mmd")
 
 
 def where_to_train(group: argparse._ArgumentGroup) -> None:
@@ -699,9 +721,9 @@ def where_to_train(group: argparse._ArgumentGroup) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+    """Train what the command line asks for."""
     parser, alone = parser_of(), threading.current_thread() is threading.main_thread()
-    usual = signal.signal(signal.SIGINT, interrupt) if alone else None  # a thread may not
+    usual = signal.signal(signal.SIGINT, interrupt) if alone else None  # only the main thread may
     try:
         with one_line_errors(parser, ", then go on with --resume, or lower --filters, "
                              "--latent-dim, --batch-size or the number of --augs"):
@@ -717,21 +739,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # ---------------------------------------------------------------- keeping a run safe
 
-INTERRUPTED = []  # filled by the first Ctrl-C
+INTERRUPTED = []  # the first Ctrl-C adds an item
 IN_USE = ("holds a run that is at work or was interrupted: go on with --resume, start over with "
           "--overwrite, or choose another --out")  # a folder with a state.pt
 
 
 def interrupt(*_) -> None:
-    """The first Ctrl-C ends training after the batch (or stage 2), the second at once."""
+    """The first Ctrl-C ends training after this batch (or stage 2), the second at once."""
     INTERRUPTED.append(True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_finished(settings: Settings, several: bool = False) -> bool:
-    """Whether a run is finished, and is to be kept: by --resume, and where it is one of several.
+    """Whether a run is finished already. With --resume, or as one of several runs, it is kept.
 
-    Changes nothing. Raises OSError, ValueError: something there must not be lost.
+    Raises OSError, ValueError: the folder holds something that must not be lost.
     """
     model, state = settings.out / "model.pt", settings.out / "state.pt"
     if settings.overwrite:
@@ -751,7 +773,7 @@ def is_finished(settings: Settings, several: bool = False) -> bool:
 
 
 def check_same(path: Path, was: dict, now: dict) -> None:
-    """Raises ValueError: the settings differ."""
+    """Raises ValueError: the run at this path had other settings."""
     for key, value in now.items():
         if was.get(key) != value:
             raise ValueError(f"{path} was made with {key} {was.get(key)}, not {value}: give the "
@@ -759,11 +781,10 @@ def check_same(path: Path, was: dict, now: dict) -> None:
 
 
 def begin(settings: Settings) -> None:
-    """Create state.pt: it says that the folder is in use, and what for.
+    """Create state.pt, which says that the folder is in use.
 
-    Of two runs that begin in one folder at one moment exactly one can create it, on every file
-    system. (Nothing keeps two --resume of one run apart.) Raises OSError: there is one already, or
-    none can be written.
+    If two runs begin in one folder at the same moment, only one of them can create the file. (Two
+    runs with --resume are not kept apart.) Raises OSError: the file is there, or cannot be written.
     """
     state = settings.out / "state.pt"
     if settings.resume and state.is_file():
@@ -787,16 +808,16 @@ def begin(settings: Settings) -> None:
 
 
 class Checkpoint:
-    """state.pt: the training state after the last epoch of each stage, for --resume.
+    """state.pt: the state of `fit` after the last epoch of each stage, for --resume.
 
-    What `fit` does not do is quick, and is done again. Raises ValueError: the file is damaged.
+    The rest of a run is quick, and --resume does it again. Raises ValueError: the file is damaged.
     """
 
     def __init__(self, path: Path):
         self.path, self.stages = path, lavae.read(path)
 
     def save(self, stage: str, parameters: list[Tensor], state: dict, history: list[dict]) -> None:
-        """Write the parameters and all of `state`, by name. Raises OSError."""
+        """Write the parameters, the history and all of `state`. Raises OSError."""
         saved = {"parameters": [p.detach() for p in parameters], "history": history}
         for name, thing in state.items():
             saved[name] = (getattr(thing, "get_state", None) or thing.state_dict)()
@@ -804,7 +825,7 @@ class Checkpoint:
         lavae.write(self.stages, self.path)
 
     def restore(self, stage: str, parameters: list[Tensor], state: dict) -> list[dict]:
-        """Set all to where it was; returns the history, empty where nothing was saved."""
+        """Restore the parameters and `state`. Returns the history, [] if nothing was saved."""
         if stage not in self.stages:
             return []
         saved = self.stages[stage]
@@ -817,22 +838,22 @@ class Checkpoint:
         return history
 
     def remove(self) -> None:
-        """The run is finished: nothing is needed any more, nor what a kill left half-written."""
+        """Remove the file of a finished run, and a half-written one beside it."""
         for path in (self.path, Path(f"{self.path}.part")):
             path.unlink(missing_ok=True)
 
 
 class Recorder:
-    """recording.pt: 33 frames of stage 1 as it learns, for evaluate.py's animation.
+    """recording.pt: 33 frames of stage 1 as it learns, for the animation of evaluate.py.
 
-    A frame is the latents of 150 images under all views, and what ten of them decode to.
+    A frame has the latents of all views of 150 images, and the pictures that are drawn for ten.
     """
 
     def __init__(self, path: Path):
         self.path, self.frames = path, {"t": [], "latents": [], "drawn": []}
 
     def record(self, t: float, model: LAVAE, images: Tensor) -> None:
-        """Take a frame and write it, where one is due at the share t of all steps."""
+        """Take a frame and write it, if one is due when the fraction t of all steps is done."""
         if 32 * t < len(self.frames["t"]):
             return
         z = torch.stack([model.encode(view) for view in images[:, :150]])
@@ -844,11 +865,11 @@ class Recorder:
         lavae.write(self.frames, self.path)
 
     def state_dict(self) -> dict:
-        """All frames, for the checkpoint."""
+        """All frames so far, for the checkpoint."""
         return self.frames
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there: what came later is forgotten."""
+        """Restore the frames of a checkpoint; later ones are dropped."""
         self.frames = state
 
 
