@@ -1,7 +1,7 @@
 """Image augmentations in numpy, and the images that they change.
 
-An augmentation takes images, uint8 (N, H, W), and returns new ones of the same shape. Each is a
-fixed function of the image. That is why a matrix can learn to do the same to the latent.
+An augmentation takes images, uint8 (N, H, W), and returns new ones. (A quarter turn exchanges H and
+W.) Each is a fixed function of the image, so that a matrix can learn to do the same to the latent.
 
     flipped = AUGMENTATIONS["flip_lr"](images)
     x, a1, a2, a2_a1 = views(images, [flip_lr, flip_ud])
@@ -447,7 +447,8 @@ def _size(figure):
 
 
 def _ink(grey):
-    """(ink, noise): how much darker than the page each pixel is, or how much lighter; one number.
+    """(ink, noise). ink: how much darker than the page each pixel is, or how much lighter. noise: a
+    number, how uneven the page is.
 
     The page is a surface of degree 2. It is fitted again and again, without what lies far off it.
     """
@@ -688,7 +689,8 @@ def tolerant_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterator[None]:
-    """An error in here ends the program with one line and status 2. Ctrl-C: with status 130.
+    """An OSError, ValueError, FloatingPointError or full memory ends the program with one line and
+    status 2, Ctrl-C with status 130. Other errors are bugs, and keep their traceback.
 
     go_on: what the line adds when the disk or the memory is full.
     """

@@ -15,8 +15,8 @@
     python evaluate.py --heatmap                # the runs of train.py --heatmap, and the heat-map
 
 Prints the tables, and writes evaluation.json and the figures to the run folder. BCE is in nats an
-image. Latents are posterior means; nothing is sampled. In order: numbers, tables, projections to
-the plane, what figures share, the figures, the command line. It is the last script to read.
+image. Latents of images are posterior means, without noise. In order: numbers, tables, projections
+to the plane, what figures share, the figures, the command line. It is the last script to read.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PAPER_TABLE = {"flip_lr+flip_ud": {  # Table I; it gives the last row's total as
     "lavae": [68.34, 75.89, 71.30, 81.57], "cvae": [98.11, 260.18, 351.79, 279.82],
     "cvae-paired": [99.15, 99.16, 99.26, 299.12]}}
 PAIR_NAMES = ["+".join(pair) for pair in PAIRS]
-PAPER_TOTALS = {  # slides 13 and 21: trained on, transferred to (or trained on, the same)
+PAPER_TOTALS = {  # the authors' slides 13 and 21, {trained on: {transferred to: total}}
     source: dict(zip(PAIR_NAMES, totals)) for source, totals in zip(PAIR_NAMES, (
         (297.10, 696.23, 447.01, 564.09), (499.22, 500.86, 607.79, 336.65),
         (440.25, 730.68, 329.20, 491.55), (304.04, 781.76, 915.97, 516.54)))}
@@ -199,7 +199,7 @@ def row_of(model: CVAE | LAVAE, latents: Sequence[Tensor], images: Sequence[Tens
     views, uint8 (N, 28, 28) each."""
     names = view_names(model.augs)
     bces, identity = zip(*(score(model.decoder, z, v) for z, v in zip(latents, images)))
-    told = model.arguments.get("condition")  # where it is not what the paper's is told
+    told = model.arguments.get("condition")  # of a CVAE; the paper's is told the view
     return with_total(dict(zip(names, bces))) | {"identity": dict(zip(names, identity))} | (
         {"told": told} if told in ("digit", "both") else {})
 
@@ -648,7 +648,7 @@ def panel(side: int, series: Sequence[Series], colours: dict[str, tuple],
         pen.line((0, side / 2, side, side / 2), "silver", 2)
         pen.line((side / 2, 0, side / 2, side), "silver", 2)
     span, dots = np.where(high > low, high - low, 1), []
-    for label, points, style in sorted(series, key=lambda one: one[2]):  # dots, then lines
+    for label, points, style in sorted(series, key=lambda one: one[2]):  # dots come later, on top
         at = ((np.asarray(points, float) - low) / span * [1, -1] + [0, 1]) * (side - 24) + 12
         if style in ("line", "path"):
             pen.line([*map(tuple, at)], colours[label], 4, "curve")
@@ -1167,8 +1167,8 @@ def evaluate(run: Run) -> None:
 def models_in(folder: Path, device: torch.device) -> dict[str, LAVAE | CVAE]:
     """The model of a run folder, and the baselines in the folders inside, by the name of --model.
 
-    A baseline with other augmentations, data or seed is left out, and a line says so. Raises
-    OSError, ValueError: a model.pt cannot be read.
+    A baseline with another of these settings is left out, and a line says so: augmentations, data,
+    seed, sizes, epochs. Raises OSError, ValueError: a model.pt cannot be read.
     """
     first, found = None, {}
     if not (folder / "model.pt").is_file() and any(folder.glob("*/model.pt")):

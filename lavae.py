@@ -38,7 +38,7 @@ def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """x to mu and logvar: two convolutions of stride 2 and a linear layer. Formulas call mu E(x).
+    """x to mu and logvar: two convolutions of stride 2 and a linear layer. In formulas E(x) is mu.
 
     condition_dim: for a CVAE, how many numbers more its linear layer gets, beside the features.
     """
@@ -306,7 +306,7 @@ def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     for i, order in enumerate(orders):
         # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
         before, after = z[:2 ** i].flatten(0, 1), z[2 ** i:2 ** (i + 1)].flatten(0, 1)
-        with torch.no_grad():  # Q is a minimum, so its own gradient is 0
+        with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
             Q = procrustes(before.T @ after, order)
         error = error + (before @ Q - after).square().mean()
     return error
@@ -319,7 +319,8 @@ def procrustes(C: Tensor, order: int | None) -> Tensor:
 
     This is the orthogonal Procrustes problem, and its solution is the polar factor of C. For k = 2
     it is that of C + C^T, which makes Q symmetric. For k > 2, each angle of Q then goes to the
-    nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. For collapsed latents, all zero, Q is I.
+    nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. A small multiple of I is added to C, so
+    that Q is I on latents that have collapsed to zero.
     """
     C = C + C.T if order == 2 else C
     Q = polar(C + 1e-5 * torch.linalg.norm(C) * torch.eye(len(C), dtype=C.dtype, device=C.device))
@@ -405,14 +406,14 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     """L^t for a real matrix (d, d). It is real and continuous in t, I at t = 0 and L at t = 1.
 
     A plane that L rotates by an angle is rotated by t times this angle. A direction that L reverses
-    (eigenvalue -1) has no real power of its own. Two of them together span a plane, which L^t
-    rotates by pi t, so that they keep their length. If their number is odd, the last one is scaled
-    by 1 - 2 t instead. Then (L^(1/2))^2 is not L; no real matrix has the square L in this case.
+    (an eigenvalue near -1) has no real power of its own. Two of them together span a plane, which
+    L^t rotates by pi t, so that they keep their length. If their number is odd, the last one is
+    scaled by 1 - 2 t. Then (L^(1/2))^2 is not L; no real matrix has the square L in this case.
     """
     M = L.cpu().double()
     values, vectors = torch.linalg.eig(M)
     back = torch.linalg.inv(vectors)
-    reverses = values.angle().abs() > 0.75 * math.pi
+    reverses = values.angle().abs() > 0.75 * math.pi  # learnt eigenvalues are only near -1
     power = (vectors * torch.where(reverses, 0, values ** t) @ back).real
     if n := int(reverses.sum()):
         P = (vectors * reverses @ back).real  # the projection to the n reversed directions

@@ -1687,17 +1687,19 @@ def test_ica_is_scikit_learns(digits):
             assert (correlation.max(1) > 0.99).all() and len(set(correlation.argmax(1))) == k
 
 
-@pytest.mark.parametrize("n", [75, pytest.param(500, marks=slow)])
-def test_tsne_is_as_good_as_scikit_learns(n, run, digits):
+@pytest.mark.parametrize("n, clouds", [(40, 4), pytest.param(500, 1, marks=slow)])
+def test_tsne_is_as_good_as_scikit_learns(n, clouds, run, digits):
+    """On average: each ends in a minimum of its own, and either may be the better one."""
     from sklearn.manifold import TSNE, trustworthiness
-    x, start = cloud_of(run, digits[:n]), time.perf_counter()
-    ours = evaluate.tsne(x)
-    seconds = time.perf_counter() - start
-    theirs = TSNE(perplexity=30, init="pca", method="exact" if len(x) < 500 else "barnes_hut",
-                  random_state=0).fit_transform(x)
-    a, b = (trustworthiness(x, y, n_neighbors=12) for y in (ours, theirs))
-    print(f"trustworthiness {a:.4f}, scikit-learn's {b:.4f}; {len(x)} points in {seconds:.1f} s")
-    assert a > b - 0.01 and a > 0.9
+    ours, theirs = [], []
+    for i in range(0, n * clouds, n):
+        x = cloud_of(run, digits[i:i + n])
+        other = TSNE(perplexity=30, init="pca", method="exact" if len(x) < 500 else "barnes_hut",
+                     random_state=0)
+        for found, y in ((ours, evaluate.tsne(x)), (theirs, other.fit_transform(x))):
+            found.append(trustworthiness(x, y, n_neighbors=12))
+    print(f"trustworthiness {np.mean(ours):.4f}, scikit-learn's {np.mean(theirs):.4f}")
+    assert np.mean(ours) > np.mean(theirs) - 0.015 and np.mean(ours) > 0.88
 
 
 def test_a_map_has_real_powers():
@@ -3365,6 +3367,11 @@ def lavae_rows(name):
     return [run["evaluation"]["lavae"] for run in kept(name)]
 
 
+def direct(run):
+    """The total of all views without a map, each encoded itself."""
+    return sum(run["direct"].values())
+
+
 def excess(run):
     """The most that a view costs over encoding it directly, %."""
     return max(100 * (run[view] / nats - 1) for view, nats in run["direct"].items())
@@ -3380,13 +3387,17 @@ def range_of(values, digits=0):
 
 
 def table1_row(label, rows):
-    """Of a model in Table I, over seeds: the nats of each view and in all, its identity under flips
-    and both."""
+    """Of a model in Table I, over seeds: the nats of each view and of all."""
+    return row(label, *(spread([one[view] for one in rows])
+                        for view in (*rows[0]["identity"], "total")))
+
+
+def identity_row(label, rows):
+    """The percentage of test images that keep their identity, over seeds."""
     *views, both = rows[0]["identity"]
-    identity = [[100 * one["identity"][view] for view in (*views[1:], both)] for one in rows]
-    return row(label, *(spread([one[view] for one in rows]) for view in (*views, both, "total")),
-               spread([np.mean(one[:-1]) for one in identity]) + "%",
-               spread([one[-1] for one in identity]) + "%")
+    flips = [100 * np.mean([one["identity"][view] for view in views[1:]]) for one in rows]
+    return row(label, f"{spread(flips)}%",
+               f"{spread([100 * one['identity'][both] for one in rows])}%")
 
 
 def result_row(label, rows):
@@ -3398,10 +3409,12 @@ def ladder_rung(label, flips, turns):
     """The kept runs of flips and of turns with the methods of a rung."""
     flips, turns = kept(flips), lavae_rows(turns)
     ours = [run["evaluation"]["lavae"] for run in flips]
-    transfer = [run["evaluation"]["transfer"]["shear_x+canny"]["total"] for run in flips]
-    return row(label, spread([one["total"] for one in ours]), spread([*map(excess, ours)]) + "%",
-               spread([one["total"] for one in turns]), spread([*map(excess, turns)]) + "%",
-               range_of([nats for one in turns for nats in never_shown(one)]), spread(transfer))
+    transfer = [run["evaluation"]["transfer"]["shear_x+canny"]["total"] for run in flips
+                if run["config"]["transfer"]]
+    return row(label, spread([*map(direct, ours)]), spread([one["total"] for one in ours]),
+               spread([*map(direct, turns)]), spread([one["total"] for one in turns]),
+               range_of([nats for one in turns for nats in never_shown(one)]),
+               spread(transfer) if transfer else "")
 
 
 def readme_parts():
@@ -3412,7 +3425,7 @@ def readme_parts():
     made = [json_of(path)["made"] for path in sorted(RESULTS.glob("*.json"))]
     machines = sorted({(one["hardware"], one["torch"].split("+")[0]) for one in made}, reverse=True)
     days = [f(one["date"] for one in made) for f in (min, max)]
-    assert {one["threads"] for one in made} == {1} and stuck["group"]["directions"]["++"] == 16
+    assert {one["threads"] for one in made if one["device"] == "cpu"} == {1} and stuck["group"]["directions"]["++"] == 16
     parts = {
         "result_published": result_row("as published, 6 epochs", published),
         "result_ours": result_row("ours, 6 epochs", ours),
@@ -3421,7 +3434,8 @@ def readme_parts():
             ladder_rung("+ recipe", "recipe", "recipe-turns"),
             ladder_rung("+ orders", "recipe", "orders-turns"),
             ladder_rung("+ equivariance loss", "plain-head", "turns"),
-            ladder_rung("+ gated heads: ours", "flips", "turns")]),
+            ladder_rung("+ gated heads", "flips", "turns"),
+            ladder_rung("as published, 64 filters, 33 epochs", "published64", "published64-turns")]),
         "half_length": range_of([half["length"] for one in ours for half in one["half"].values()],
                                 2),
         "half_away": range_of([half["re-encoded"] for one in ours for half in one["half"].values()],
@@ -3431,7 +3445,11 @@ def readme_parts():
                  f"eigenvalues stay at +1; with fixed diagonals of +1 and −1 it is "
                  f"{signs['total']:.1f}; in two stages {ours[0]['total']:.1f}.",
         "table1_lavae": table1_row("**LAVAE**", ours),
-        "direct_total": spread([sum(one["direct"].values()) for one in ours]),
+        "cuda": f"{lavae_rows('cuda')[0]['total']:.2f}",
+        "direct_total": spread([*map(direct, ours)]),
+        "turns_free": f"{lavae_rows('published-turns-free')[0]['total']:.1f}",
+        "turn_back": f"{turns[0]['inverse']['rotate_cw']:.0f} nats, and as published "
+                     f"{lavae_rows('published-turns')[0]['inverse']['rotate_cw']:.0f}",
         "quick_total": spread([one["total"] for one in lavae_rows("quick")]),
         "mmd_total": f"{mmd['total']:.1f}",
         "three": f"{spread([one['total'] / 8 for one in lavae_rows('three')])} nats a view",
@@ -3440,9 +3458,13 @@ def readme_parts():
         "turns": "\n".join(turns_row(run) for run in (*kept("turns"), *kept("k2"))),
         "made": "; ".join(f"{hardware}, torch {torch}" for hardware, torch in machines) + "; "
         + " to ".join(days)}
+    identity = [identity_row("**LAVAE**", ours)]
     for name, label in (("cvae", "CVAE, naive"), ("cvae-paired", "CVAE, paired"),
                         ("vae", "VAE of originals")):
-        parts[f"table1_{name}"] = table1_row(label, [one[name] for one in others])
+        rows = [one[name] for one in others]
+        parts[f"table1_{name}"] = table1_row(label, rows)
+        identity.append(identity_row(label, rows))
+    parts["identity"] = "\n".join(identity)
     for name in ("digit", "both"):
         parts[f"told_{name}"] = f"{kept(f'cvae-{name}')[0]['evaluation']['cvae']['total']:.0f}"
     runs = [*((f"seed {seed}", one) for seed, one in enumerate(published)),
@@ -3461,7 +3483,7 @@ def turns_row(run):
     roots = Counter((round(re), abs(round(im))) for re,
                     im in one["group"]["eigenvalues"]["rotate_cw"])
     return row(f"{label}seed {run['config']['seed']}", f"{one['total']:.2f}",
-               f"{sum(one['direct'].values()):.2f}",
+               f"{direct(one):.2f}",
                f"{excess(one):.1f}%", range_of(never_shown(one)),
                f"{roots[1, 0]}, {roots[-1, 0]}, {roots[0, 1]}")
 

@@ -61,14 +61,14 @@ def stage1(model: LAVAE | CVAE, images: Tensor, labels: Tensor | None = None,
         labels: the digits, (N,), for a CVAE that is told them.
         weights: of the losses, see `weights_at`.
         prior_loss: "kl" or "mmd".
-        batches_of: a batch has batch_size views. "images": all views of some images; "views": any
-            views of any images.
+        batches_of: a batch has about batch_size views. "images": all views of some images, with the
+            equivariance loss of 2 * latent_dim images or more; "views": any views of any images.
         recorder: takes pictures during training.
         schedule: the further arguments of `fit`.
 
-    Returns the history: a dict for each epoch, with the mean of each loss. They are in nats an
-    image, but for the equivariance loss, which is a mean square of latents. An epoch always has as
-    many images, so a model with fewer `stage1_views` sees each of them more often.
+    Returns the history: a dict for each epoch, with the mean of each loss. "bce" and "kl" are in
+    nats an image; with "mmd", "kl" is that loss. "equivariance" is a mean square of latents. An
+    epoch always has 2^K N images, so a model with fewer `stage1_views` sees each more often.
     """
     print(f"stage 1: encoder and decoder learn to draw {len(model.stage1_views)} of {len(images)} "
           f"views of {images.shape[1]:,} images")
@@ -188,7 +188,7 @@ def stage2_ablations(model: LAVAE, latents: Sequence[Tensor], involution_weight:
     """Stage 2 of the ablations, with the arguments of `stage2` and further ones for `fit`.
 
     An MLP in the place of L needs the data itself, in batches. Maps that stage 1 has learnt are
-    only measured. Returns a dict for each map, as `stage2` does, without "least_squares".
+    only measured. Returns a dict for each map with "error" and "order_error", as `stage2` does.
     """
     print(f"stage 2: maps of the kind {type(model.maps[0]).__name__}")
     loss = partial(lavae.maps_loss, model.maps, model.orders, involution_weight)
@@ -349,7 +349,7 @@ MODELS_WITH = {  # the options that only some models have
     "no_transfer": ["lavae"], "condition": ["cvae"], "latent_map": ["lavae", "vae"],
     "joint": ["lavae"], "record": ["lavae"], "batches_of": ["lavae", "vae"],
     "head": ["lavae", "vae"]}
-NO_RESULT = {  # the settings that do not change the result
+NO_RESULT = {  # settings that change no result, or only set others, as preset sets epochs
     "baselines", "heatmap", "all_targets", "no_transfer", "preset", "as_published", "data_dir",
     "resume", "overwrite", "out"}
 
@@ -844,7 +844,7 @@ class Checkpoint:
 
 
 class Recorder:
-    """recording.pt: 33 frames of stage 1 as it learns, for the animation of evaluate.py.
+    """recording.pt: 32 frames of stage 1 as it learns, for the animation of evaluate.py.
 
     A frame has the latents of all views of 150 images, and the pictures that are drawn for ten.
     """
