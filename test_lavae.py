@@ -3442,7 +3442,7 @@ def readme_parts():
                               2),
         "vae_total": f"{np.mean([one['vae']['total'] for one in others]):.0f}",
         "joint": f"with maps that start at the identity the total is {stuck['total']:.0f}, and all "
-                 f"eigenvalues stay at +1; with fixed diagonals of +1 and −1 it is "
+                 f"eigenvalues stay at +1; with diagonals of +1 and −1 that do not learn it is "
                  f"{signs['total']:.1f}; in two stages {ours[0]['total']:.1f}.",
         "table1_lavae": table1_row("**LAVAE**", ours),
         "cuda": f"{lavae_rows('cuda')[0]['total']:.2f}",
