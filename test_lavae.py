@@ -1687,7 +1687,7 @@ def test_ica_is_scikit_learns(digits):
             assert (correlation.max(1) > 0.99).all() and len(set(correlation.argmax(1))) == k
 
 
-@pytest.mark.parametrize("n, clouds", [(40, 4), pytest.param(500, 1, marks=slow)])
+@pytest.mark.parametrize("n, clouds", [(40, 6), pytest.param(500, 1, marks=slow)])
 def test_tsne_is_as_good_as_scikit_learns(n, clouds, run, digits):
     """On average: each ends in a minimum of its own, and either may be the better one."""
     from sklearn.manifold import TSNE, trustworthiness
@@ -1699,7 +1699,7 @@ def test_tsne_is_as_good_as_scikit_learns(n, clouds, run, digits):
         for found, y in ((ours, evaluate.tsne(x)), (theirs, other.fit_transform(x))):
             found.append(trustworthiness(x, y, n_neighbors=12))
     print(f"trustworthiness {np.mean(ours):.4f}, scikit-learn's {np.mean(theirs):.4f}")
-    assert np.mean(ours) > np.mean(theirs) - 0.015 and np.mean(ours) > 0.88
+    assert np.mean(ours) > np.mean(theirs) - 0.01 and np.mean(ours) > 0.9
 
 
 def test_a_map_has_real_powers():
@@ -3425,7 +3425,8 @@ def readme_parts():
     made = [json_of(path)["made"] for path in sorted(RESULTS.glob("*.json"))]
     machines = sorted({(one["hardware"], one["torch"].split("+")[0]) for one in made}, reverse=True)
     days = [f(one["date"] for one in made) for f in (min, max)]
-    assert {one["threads"] for one in made if one["device"] == "cpu"} == {1} and stuck["group"]["directions"]["++"] == 16
+    assert {one["threads"] for one in made if one["device"] == "cpu"} == {1}
+    assert stuck["group"]["directions"]["++"] == 16
     parts = {
         "result_published": result_row("as published, 6 epochs", published),
         "result_ours": result_row("ours, 6 epochs", ours),
@@ -3444,7 +3445,6 @@ def readme_parts():
         "joint": f"with maps that start at the identity the total is {stuck['total']:.0f}, and all "
                  f"eigenvalues stay at +1; with diagonals of +1 and −1 that do not learn it is "
                  f"{signs['total']:.1f}; in two stages {ours[0]['total']:.1f}.",
-        "table1_lavae": table1_row("**LAVAE**", ours),
         "cuda": f"{lavae_rows('cuda')[0]['total']:.2f}",
         "direct_total": spread([*map(direct, ours)]),
         "turns_free": f"{lavae_rows('published-turns-free')[0]['total']:.1f}",
@@ -3458,13 +3458,6 @@ def readme_parts():
         "turns": "\n".join(turns_row(run) for run in (*kept("turns"), *kept("k2"))),
         "made": "; ".join(f"{hardware}, torch {torch}" for hardware, torch in machines) + "; "
         + " to ".join(days)}
-    identity = [identity_row("**LAVAE**", ours)]
-    for name, label in (("cvae", "CVAE, naive"), ("cvae-paired", "CVAE, paired"),
-                        ("vae", "VAE of originals")):
-        rows = [one[name] for one in others]
-        parts[f"table1_{name}"] = table1_row(label, rows)
-        identity.append(identity_row(label, rows))
-    parts["identity"] = "\n".join(identity)
     for name in ("digit", "both"):
         parts[f"told_{name}"] = f"{kept(f'cvae-{name}')[0]['evaluation']['cvae']['total']:.0f}"
     runs = [*((f"seed {seed}", one) for seed, one in enumerate(published)),
@@ -3474,8 +3467,19 @@ def readme_parts():
                                                for view in (*one["direct"], "reverse")), *(
         f"{one['inverse'][view]:.1f}" for view in ("flip_lr", "flip_lr+flip_ud"))) for label,
                                   one in runs)
+    parts |= table1_parts([{"lavae": one, **other} for one, other in zip(ours, others)])
     return parts | heatmap_parts({source: [run["evaluation"] for run in kept(f"heat-{source}")]
                                   for source in evaluate.PAPER_TOTALS})
+
+
+def table1_parts(runs):
+    """The rows of Table I and of identity; runs: the rows of all models by name, over seeds."""
+    parts, identity = {}, []
+    for name, label in (evaluate.LABELS | {"lavae": "**LAVAE**"}).items():
+        rows = [run[name] for run in runs]
+        parts[f"table1_{name}"] = table1_row(label, rows)
+        identity.append(identity_row(label, rows))
+    return parts | {"identity": "\n".join(identity)}
 
 
 def turns_row(run):

@@ -598,8 +598,8 @@ AS_PUBLISHED_HELP = (
     + " ".join(f"{flag(name)} {value}" for name, value in AS_PUBLISHED.items()
                if value is not True).replace(" --decoder", "\n  --decoder")
     + " --paper-involution\n"
-    "Two things stay ours: stage 2 starts from the least-squares matrices and computes Eq. 6 from\n"
-    "averages over all images, and augmentations are fixed functions of the image")
+    "Three things stay ours: stage 2 starts from the least-squares matrices, it computes Eq. 6\n"
+    "from averages over all images, and augmentations are fixed functions of the image")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
