@@ -17,13 +17,10 @@ import argparse
 import contextlib
 import errno
 import hashlib
-import io
 import math
+import os
 import re
 import sys
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -89,7 +86,7 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
         shift = math.tan(math.radians(degrees)) * (y - (height - 1) / 2)  # out[x] = in[x + shift]
         left = math.floor(shift)
         x = np.arange(left, left + width + 1)
-        row = (images[:, y, x.clip(0, width - 1)] * ((0 <= x) & (x < width))).astype(np.float32)
+        row = (images[:, y, x.clip(0, width - 1)] * ((x >= 0) & (x < width))).astype(np.float32)
         f = np.float32(shift - left)
         out[:, y] = np.rint((1 - f) * row[:, :-1] + f * row[:, 1:])
     return out
@@ -107,8 +104,8 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
     def blur(block):
         height, width = block.shape[1:]
         p = np.pad(block, ((0, 0), (3, 3), (3, 3)), "reflect").astype(np.float32)
-        p = sum(w * p[:, i:i + height] for i, w in enumerate(weights))
-        p = sum(w * p[:, :, i:i + width] for i, w in enumerate(weights))
+        p = sum(w * p[:, i : i + height] for i, w in enumerate(weights))
+        p = sum(w * p[:, :, i : i + width] for i, w in enumerate(weights))
         return np.rint(p).astype(np.uint8)
 
     return _in_blocks(blur, images)
@@ -242,11 +239,15 @@ def _canny(images, low, high):  # the thresholds squared, as the gradients are
     return edges.reshape(p.shape)[:, 1:-1, 1:-1]
 
 
-AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f for f in (
-    flip_lr, flip_ud, rotate_cw, rotate_ccw, gaussian_blur, edge_detect, shear_x, canny, mini_image,
-    tl_sap_noise, sap_noise)}
-PAIRS = [["flip_lr", "flip_ud"], ["mini_image", "edge_detect"], ["rotate_cw", "flip_lr"],
-         ["shear_x", "canny"]]  # of the paper's heat-map
+ALL = [flip_lr, flip_ud, rotate_cw, rotate_ccw, gaussian_blur, edge_detect, shear_x, canny]
+ALL += [mini_image, tl_sap_noise, sap_noise]
+AUGMENTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {f.__name__: f for f in ALL}
+PAIRS = [  # of the paper's heat-map
+    ["flip_lr", "flip_ud"],
+    ["mini_image", "edge_detect"],
+    ["rotate_cw", "flip_lr"],
+    ["shear_x", "canny"],
+]
 ORDERS = {"flip_lr": 2, "flip_ud": 2, "rotate_cw": 4, "rotate_ccw": 4}  # k with A^k x = x, if any
 
 
@@ -272,289 +273,143 @@ def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's cac
     n = max(1, pixels // max(1, math.prod(_checked(images).shape[1:])))
     out = np.empty_like(images)
     for i in range(0, len(images), n):
-        out[i:i + n] = f(images[i:i + n])
+        out[i : i + n] = f(images[i : i + n])
     return out
 
 
 # ---------------------------------------------------------------- data
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
-MNIST_SHA256 = "b5e394bc34918bacb3c7d30dae8a52f2e99dbccb1317eccfc24e1d09f564e406"
-DATASETS = {"mnist": None, "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-CLASSES = {"mnist": [*"0123456789"],
-           "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
-                             "sneaker", "bag", "boot"],
-           "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]}
+DOWNLOADS = {"fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
+FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
+KMNIST = "o ki su tsu na ha ma ya re wo"
+CLASSES = {"fashion_mnist": FASHION.split(), "kmnist": KMNIST.split()}
+KERAS = ("x_train", "y_train", "x_test", "y_test")
+MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tuple:
     """(x_train, y_train, x_test, y_test): images uint8 (N, 28, 28), labels integers (N,) or None.
 
-    MNIST comes with the repository. The other data sets are downloaded to `data_dir` by
-    torchvision. A name with .npz is a file of one's own, see `load_npz` and `pinned`.
+    MNIST comes with the repository. fashion_mnist and kmnist are downloaded to `data_dir` by
+    torchvision. Any other name is a file of one's own, see `load_npz`; where it is no more, a file
+    of that name in `data_dir`.
 
     Raises:
-        OSError: a file is missing, damaged or cannot be downloaded; the message says what to do.
+        OSError: a file is missing or cannot be downloaded; the message says what to do.
         ValueError: a .npz file does not hold what it should.
     """
-    data_dir = Path(data_dir)
-    if ".npz" in dataset:
-        return load_npz(dataset, data_dir)[0]
-    if dataset == "mnist":
-        path, cure = data_dir / "mnist.npz", "restore it: git checkout -- data/mnist.npz"
-        if data_dir.resolve() != DATA_DIR:
-            cure = f"copy {DATA_DIR / 'mnist.npz'} there, or leave --data-dir out"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {cure}")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != MNIST_SHA256:
-            raise OSError(f"{path} is damaged: {cure}")
-        with np.load(path) as file:
-            return tuple(file[key] for key in ("x_train", "y_train", "x_test", "y_test"))
-    try:
-        from torchvision import datasets  # here, because it takes seconds to import
-    except Exception as error:  # where the two do not fit, anything may be raised
-        raise OSError("torch and torchvision do not belong together here: install both at once, "
-                      "`python -m pip install --force-reinstall torch torchvision` "
-                      f"({_one_line(error)})") from error
-    try:
-        parts = [getattr(datasets, DATASETS[dataset])(data_dir, train=train, download=True)
-                 for train in (True, False)]
-        return tuple(a for p in parts for a in (p.data.numpy(), p.targets.numpy().astype(np.uint8)))
-    except Exception as error:  # no network, and whatever half a file may raise
-        raise OSError(f"cannot get {dataset}: check the network, remove "
-                      f"{data_dir / DATASETS[dataset]}, try again ({_one_line(error)})") from error
+    if dataset in DOWNLOADS:
+        return _download(dataset, data_dir)
+    path = Path(dataset)
+    if not path.is_file():
+        path = Path(data_dir, "mnist.npz" if dataset == "mnist" else path.name)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: check --dataset, leave --data-dir out")
+    return load_npz(path)
 
 
-def pinned(dataset: str) -> str:
-    """The name of a data set. A .npz file gets the start of its SHA-256, "letters.npz#1f0c..": so
-    another file of the same name is noticed. Raises OSError: there is no such file."""
-    if not dataset.endswith(".npz"):
-        return dataset
-    return f"{dataset}#{hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]}"
+def load_npz(path: str | Path) -> tuple:
+    """What `load_images` returns, from a .npz file with the names of Keras or of MedMNIST.
 
-
-def load_npz(dataset: str, data_dir: Path = DATA_DIR) -> tuple[tuple, list[str] | None]:
-    """From a .npz file of one's own: what `load_images` returns; the names of the classes, or None.
-
-    Keras's names are x_train, y_train, x_test and y_test. MedMNIST's are train_images,
-    train_labels, test_images and test_labels. Images are uint8 (N, 28, 28), 200 or more. Labels are
-    integers from 0 on, (N,) or (N, 1), and may be missing. An array class_names may name them.
-    Nothing is unpickled. Raises OSError: the file cannot be read; ValueError: it holds something
-    else.
+    Keras's are x_train, y_train, x_test and y_test. MedMNIST's are train_images, train_labels,
+    test_images and test_labels. Images are uint8 (N, 28, 28), 200 or more. Labels are integers from
+    0 to 999, (N,) or (N, 1); both may be missing. Nothing is unpickled. Raises ValueError: it holds
+    something else.
     """
-    name, _, digest = dataset.partition("#")
-    path = Path(name) if Path(name).is_file() else data_dir / Path(name).name
-    if digest and pinned(str(path)).partition("#")[2] != digest:
-        raise ValueError(f"{path} is not the file that the model was trained on: restore that one")
     try:
         with np.load(path) as file:
-            content = {key: file[key] for key in file.files if not key.startswith("val_")}
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz file of plain arrays ({_one_line(error)})") from error
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    if "x_train" not in content:
-        keys = ("train_images", "train_labels", "test_images", "test_labels")
-    x_train, y_train, x_test, y_test = (content.get(key) for key in keys)
-    names = content["class_names"].astype(str).tolist() if "class_names" in content else None
+            keys = MEDMNIST if MEDMNIST[0] in file.files else KERAS
+            found = {key: file[key] for key in keys if key in file.files}
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path} is no whole .npz file of plain arrays ({error})") from error
+    x_train, y_train, x_test, y_test = (found.get(key) for key in keys)
     for key, x in zip(keys[::2], (x_train, x_test)):
-        _expect(x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) >= 200,
-                f"{path} to hold 200 or more images, uint8 (N, 28, 28), as {key}", _kind(x))
+        good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) >= 200
+        _expect(good, f"{path} to hold 200 or more images, uint8 (N, 28, 28), as {key}", _kind(x))
     if y_train is None and y_test is None:
-        return (x_train, None, x_test, None), names
-    ys = []
+        return x_train, None, x_test, None
     for key, x, y in zip(keys[1::2], (x_train, x_test), (y_train, y_test)):
         good = y is not None and y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1))
-        _expect(good and y.min() >= 0 and y.max() < (len(names) if names else 1000),
-                f"{path} to hold a label for each image, integers from 0 on, as {key}", _kind(y))
-        ys.append(y.ravel().astype(np.int64))
-    return (x_train, ys[0], x_test, ys[1]), names
+        good = good and y.min() >= 0 and y.max() < 1000
+        _expect(good, f"{path} to hold a label from 0 to 999 for each image, as {key}", _kind(y))
+    return x_train, y_train.ravel(), x_test, y_test.ravel()
 
 
 def _kind(array):
     return "nothing" if array is None else f"{array.dtype} {array.shape}"
 
 
-def class_names(dataset: str, labels: np.ndarray | None, data_dir: Path = DATA_DIR) -> list[str]:
-    """The names of the classes 0, 1, .. of a data set that has these labels."""
-    names = load_npz(dataset, data_dir)[1] if ".npz" in dataset else CLASSES[dataset]
-    return names or [str(label) for label in range(1 if labels is None else labels.max() + 1)]
+def _download(dataset, data_dir):
+    try:
+        from torchvision import datasets  # here, because it takes seconds to import
 
-
-def _one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        kind, found = getattr(datasets, DOWNLOADS[dataset]), []
+        for train in (True, False):
+            part = kind(data_dir, train=train, download=True)
+            found += [part.data.numpy(), part.targets.numpy()]
+        return tuple(found)
+    except Exception as error:  # no network, half a file, a torchvision that does not fit torch
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(
+            f"cannot get {dataset}: check the network, remove {Path(data_dir, DOWNLOADS[dataset])} "
+            f"and try again, or reinstall torch and torchvision together ({why})"
+        ) from error
 
 
 def like_mnist(path: str | Path) -> np.ndarray:
     """A drawing or photo of one digit, changed to look as in MNIST, uint8 (28, 28).
 
     MNIST's digits are white on black, in a box of 20x20, with the centre of mass in the middle. The
-    picture may have up to 50 megapixels. It may be in colour, dark on light or light on dark, and
-    partly transparent. It is turned as its EXIF data say.
+    picture may be in colour, dark on light or light on dark, and partly transparent. It is turned
+    as its EXIF data say. The ink is what differs from the page around it, whatever the light.
 
-    The ink is what differs from the page, whatever the light. Ruled lines and specks are left out,
-    and thin strokes become as thick as MNIST's. If there are several figures, the largest is taken
-    and a line says so.
-
-    Raises ValueError: the file is no picture or a huge one, there is no ink, or there is too little
-    page around it.
+    Raises ValueError: the file is no picture, or there is no ink on it.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                if file.width * file.height > 50_000_000:
-                    raise Image.DecompressionBombError
-                picture = ImageOps.exif_transpose(file)
-                picture.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has more than 50 megapixels: make it smaller") from error
+        with Image.open(path) as file:
+            picture = _grey(ImageOps.exif_transpose(file))
     except Exception as error:  # a broken file may raise anything
         raise ValueError(f"{path} is no picture that can be read") from error
-    grey = _grey(picture, path)
-    ink, noise, figure, others = _figure_in(grey)
-    if figure.shape != grey.shape and 0 < _size(figure) < 40:  # small in a large picture: cut out
-        margin, cut = _size(figure), []
-        for axis, side in zip((1, 0), grey.shape):
-            at, scale = np.flatnonzero(figure.any(axis)), side / figure.shape[1 - axis]
-            cut.append(slice(int(max(0, at[0] - margin) * scale), int((at[-1] + margin) * scale)))
-        ink, noise, figure, _ = _figure_in(grey[tuple(cut)])
-    darkest = np.quantile(ink[figure], 0.98) if figure.any() else 0
-    floor = min(1, max(0.2, 3 * noise / max(darkest, 1e-9)))  # paper is not quite even
-    ink = (ink - floor * darkest).clip(0, (1 - floor) * darkest) * _grown(figure, 2)
-    if ink.max() <= 0:
-        raise ValueError(f"{path} is empty, or its digit cannot be told from the page: leave more "
-                         "paper around it")
-    if others:
-        print(f"{path} shows {others + 1} figures: the largest is taken")
-    return _boxed(np.rint(255 * ink / ink.max()).astype(np.uint8))
+    picture.thumbnail((200, 200))
+    grey = np.asarray(picture, np.float64)
+    if np.median(grey) - grey.min() < grey.max() - np.median(grey):  # light on dark
+        picture, grey = ImageOps.invert(picture), 255 - grey
+    for _ in range(12):  # the page: strokes of less than 48 pixels are covered
+        picture = picture.filter(ImageFilter.MaxFilter(5))
+    page = np.asarray(picture.filter(ImageFilter.GaussianBlur(10)), np.float64)
+    ink = 1 - grey / page.clip(1)
+    darkest = np.quantile(ink, 0.995)
+    if not darkest > 0.1:
+        raise ValueError(f"{path} shows no digit: write it darker, and leave some paper around it")
+    ink = ink > darkest / 2
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
+    small = Image.fromarray(255 * ink.astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BOX
+    )
+    small = np.asarray(small) / np.max(small)
+    out = np.zeros((28, 28), np.uint8)
+    mass_y, mass_x = np.indices(small.shape).reshape(2, -1) @ small.ravel() / small.sum()
+    y = min(max(round(14 - mass_y), 0), 28 - height)  # of MNIST's digits, the centre lies at 14
+    x = min(max(round(14 - mass_x), 0), 28 - width)
+    out[y : y + height, x : x + width] = np.rint(255 * small)
+    return out
 
 
-def _figure_in(grey):
-    """Of a smaller copy, which is quick to search: the ink, the noise, and `_largest_figure`."""
-    shrink = math.ceil(min(max(grey.shape) / 500, (grey.size / 125_000) ** 0.5))
-    size = [max(1, side // shrink) for side in grey.shape[::-1]]
-    ink, noise = _ink(np.asarray(Image.fromarray(grey.astype(np.float32)).resize(
-        size, Image.Resampling.BOX), np.float64) if shrink > 1 else grey)
-    return ink, noise, *_largest_figure(ink, noise)
-
-
-def _size(figure):
-    """The longer side of what is true in a mask, in pixels. 0: nothing is."""
-    sides = [np.flatnonzero(figure.any(axis)) for axis in (0, 1)]
-    return max(side[-1] - side[0] + 1 if side.size else 0 for side in sides)
-
-
-def _ink(grey):
-    """(ink, noise). ink: how much darker than the page each pixel is, or how much lighter. noise: a
-    number, how uneven the page is.
-
-    The page is a surface of degree 2. It is fitted again and again, without what lies far off it.
-    """
-    y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in grey.shape), indexing="ij")
-    terms = np.stack([x ** 0, x, y, x * x, x * y, y * y], 2)
-    step = max(1, min(math.ceil(max(grey.shape) / 100), min(grey.shape) // 20))
-    points, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].ravel()
-    fits = []
-    # Start from all pixels, and from those of the commonest grey: better if there is little page.
-    for off in (np.zeros(len(values)), np.abs(values - np.median(values))):
-        for _ in range(20):
-            page = off <= max(2, 4 * np.median(off))
-            weights = np.linalg.lstsq(points[page], values[page], rcond=None)[0]
-            off = np.abs(values - points @ weights)
-        fits.append((np.median(off), weights))
-    weights = min(fits, key=lambda fit: fit[0])[1]
-    light = (terms @ weights).clip(16)
-    ink = light - grey
-    if (ink.clip(0) ** 2).sum() < (ink.clip(max=0) ** 2).sum():
-        ink = -ink
-    else:
-        ink *= light.max() / light  # in the shade black differs less from the page
-    noise = 1.5 * np.median(np.abs(ink))
-    for across in (ink, ink.T):  # ink.T is a view: both change ink
-        across -= _lines(across)
-    return ink.clip(0), noise
-
-
-def _lines(ink):
-    """The ink of ruled lines, nearly level: what most of a row and both its ends have in common."""
-    height, width = ink.shape
-    y, x, end = np.arange(height)[:, None], np.arange(width), max(1, width // 20)
-    best, lines = 0, np.zeros_like(ink)
-    for slope in np.linspace(-0.06, 0.06, 25):
-        rise = np.rint(slope * (x - width / 2)).astype(int)
-        row = ink[(y + rise).clip(0, height - 1), x]
-        depth = np.minimum.reduce([np.quantile(row, 0.25, axis=1), np.median(row[:, :end], axis=1),
-                                   np.median(row[:, -end:], axis=1)]).clip(0)
-        if (depth ** 2).sum() > best:
-            best, lines = (depth ** 2).sum(), depth[(y - rise).clip(0, height - 1)]
-    return np.where(ink < 2 * lines, ink, 0)  # where a stroke crosses one it stays
-
-
-def _largest_figure(ink, noise):
-    """(mask, others): where the figure with the most ink is; how many have a third of its ink.
-
-    Parts that nearly touch are one figure. Without ink the mask is empty.
-    """
-    soft = Image.fromarray(np.rint(ink).clip(max=255).astype(np.uint8))
-    soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(min(500, max(ink.shape)) / 400)))
-    inked = soft > max(8, 4 * noise, 0.3 * soft.max())
-    if not inked.any():
-        return inked, 0
-    inked = soft > 0.4 * np.median(soft[inked])
-    parts, mass = _parts(inked, soft * inked)
-    largest = parts == mass.argmax()
-    inked &= (mass > 0.01 * mass.max())[parts]  # no specks
-    parts, mass = _parts(_grown(inked, 0.04 * _size(largest)), soft * inked)
-    return inked & (parts == mass.argmax()), (mass > mass.max() / 3).sum() - 1
-
-
-def _parts(mask, ink):
-    """(labels, ink): a number for each connected part of a mask, 0 outside; the ink of each."""
-    labels = np.where(mask, np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape), 0)
-    while True:  # a pixel takes the largest label around it, then the label of the pixel named so
-        around = np.where(mask, _grown(labels, 1), 0)
-        new = np.append(0, around).astype(np.int32)[around]
-        if (new == labels).all():
-            return labels, np.bincount(labels.ravel(), ink.ravel())
-        labels = new
-
-
-def _grown(picture, pixels):
-    """Each pixel becomes the largest of those up to so many pixels away, in a square."""
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.MaxFilter(2 * round(pixels) + 1)))
-
-
-def _boxed(ink):
-    """Ink, uint8, to the size, thickness and place of MNIST's digits, uint8 (28, 28)."""
-    rows, columns = np.flatnonzero(ink.max(1)), np.flatnonzero(ink.max(0))
-    ink = np.pad(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
-    dark = ink > 127
-    rim = dark[1:-1, 1:-1] & ~(dark[2:, 1:-1] & dark[:-2, 1:-1] & dark[1:-1, 2:] & dark[1:-1, :-2])
-    more = max(0, round(0.05 * (max(ink.shape) - 2) - dark.sum() / max(1, rim.sum())))
-    ink = _grown(np.pad(ink, more), more)[1:-1, 1:-1]  # strokes of two pixels of 20 at least
-    size = [max(1, round(n * 20 / max(ink.shape))) for n in ink.shape]
-    box = np.asarray(Image.fromarray(ink).resize(
-        size[::-1], Image.Resampling.BOX if max(ink.shape) > 20 else Image.Resampling.BICUBIC))
-    box = np.minimum(box * (255 / box.max()), 255).astype(np.uint8)
-    at = [round(13.5 - box.sum(axis) @ np.arange(n) / box.sum()) for axis, n in zip((1, 0), size)]
-    at = [min(max(a, 0), 28 - n) for a, n in zip(at, size)]
-    return np.pad(box, [(a, 28 - n - a) for a, n in zip(at, size)])
-
-
-def _grey(picture, path):
-    """A picture in grey, floats from 0 to 255. Behind what is transparent: white or black, the one
-    with more contrast."""
+def _grey(picture):
+    """A picture in grey, 8 bits. Behind what is transparent: white or black, the one with more
+    contrast."""
     if picture.mode.startswith(("I", "F")):  # 16 bits and more
         grey = np.asarray(picture, np.float64)
-        if not np.isfinite(grey).all():
-            raise ValueError(f"{path} holds numbers that are not finite: replace them")
-        return (grey - grey.min()) * (255 / (np.ptp(grey) or 1))
-    picture = picture.convert("RGBA")
-    layers = [Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("L")
-              for ground in ("white", "black")]
-    return max((np.asarray(layer, np.float64) for layer in layers), key=np.std)
+        grey = (grey - grey.min()) * (255 / (np.ptp(grey) or 1))
+        return Image.fromarray(grey.astype(np.uint8))
+    picture, layers = picture.convert("RGBA"), []
+    for ground in ("white", "black"):
+        ground = Image.new("RGBA", picture.size, ground)
+        layers.append(Image.alpha_composite(ground, picture).convert("L"))
+    return max(layers, key=np.std)
 
 
 # ---------------------------------------------------------------- pictures
@@ -568,63 +423,81 @@ def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Ima
     try:
         font, lines = ImageFont.load_default(size), words.split("\n")
     except ImportError as error:
-        raise ValueError("this Pillow was built without FreeType and cannot write text: `python -m "
-                         "pip install --force-reinstall pillow`") from error
+        raise ValueError(
+            "this Pillow was built without FreeType and cannot write text: `python -m "
+            "pip install --force-reinstall pillow`"
+        ) from error
     width, height = 8 + math.ceil(max(map(font.getlength, lines))), size * 5 // 4 * len(lines)
     page = Image.new("RGB", (width, height), paper)
     ImageDraw.Draw(page).text((width / 2, height / 2), words, colour, font, "mm", align="center")
     return page
 
 
-def table(rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4,
-          paper="white") -> Image.Image:
+def table(
+    rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4, paper="white"
+) -> Image.Image:
     """Pictures in rows and columns. None leaves a place empty, and an empty row leaves a gap.
 
     align: a letter for each column, l, c or r: left, centre, right. The last letter is also that of
     all further columns. gap: between two pictures, in pixels.
     """
-    widths = [max((p.width for p in column if p), default=0) for column in zip_longest(*rows)]
+    columns = [*zip_longest(*rows)]
+    widths = [max((p.width for p in column if p), default=0) for column in columns]
     heights = [max((p.height for p in row if p), default=14) for row in rows]
-    page = Image.new("RGB", [sum(sides) + gap * max(0, len(sides) - 1)
-                             for sides in (widths, heights)], paper)
-    for j, row in enumerate(rows):
-        for i, picture in enumerate(row):
+    size = [sum(sides) + gap * max(0, len(sides) - 1) for sides in (widths, heights)]
+    page, top = Image.new("RGB", size, paper), 0
+    for row, height in zip(rows, heights):
+        left = 0
+        for i, (picture, width) in enumerate(zip(row, widths)):
             if picture:
-                room = (widths[i] - picture.width) * "lcr".index(align[i:i + 1] or align[-1]) // 2
-                page.paste(picture, (sum(widths[:i]) + gap * i + room, sum(heights[:j]) + gap * j
-                                     + (heights[j] - picture.height) // 2))
+                letter = align[min(i, len(align) - 1)]
+                x = left + (width - picture.width) * "lcr".index(letter) // 2
+                page.paste(picture, (x, top + (height - picture.height) // 2))
+            left += width + gap
+        top += height + gap
     return page
 
 
-def box(size: tuple[int, int], paper, *lines: tuple[str, int], ink="black") -> Image.Image:
+def box(size: tuple[int, int], paper, *lines: tuple[str, int]) -> Image.Image:
     """A coloured box, with lines of (words, font size) in its middle."""
     page = Image.new("RGB", size, paper)
-    words = table([[text(*line, ink, paper)] for line in lines], "c", 2, paper)
+    words = table([[text(*line, paper=paper)] for line in lines], "c", 2, paper)
     page.paste(words, ((page.width - words.width) // 2, (page.height - words.height) // 2))
     return page
 
 
 def titled(title: str, *pictures: Image.Image) -> Image.Image:
     """Pictures one above the other, under a title."""
-    return ImageOps.expand(table([[text(title, 32)], *zip(pictures)], "l", gap=10), 23, "white")
+    rows = [[text(title, 32)], *zip(pictures)]
+    return ImageOps.expand(table(rows, "l", gap=10), 23, "white")
 
 
-def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, np.ndarray] | None],
-         cell: int = 84) -> Image.Image:
+def grid(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, np.ndarray] | None],
+    cell: int = 84,
+) -> Image.Image:
     """Images in labelled rows and columns under a title, black on white.
 
     rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
     cell: the side of an image, in pixels.
     """
-    def tile(image):
-        image = Image.fromarray(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-        return ImageOps.expand(image, 1, "silver")
-
     heads = [text(words) for words in columns]
     widest = Image.new("RGB", (max(head.width for head in heads), 0))  # so wide are all columns
-    heads = [table([[widest], [head]], "c", gap=0) for head in heads]
-    return titled(title, table([[None, *heads]] * any(columns) + [
-        [text(row[0]), *map(tile, row[1])] if row else [] for row in rows]))
+    lines = []
+    if any(columns):
+        heads = [table([[widest], [head]], "c", gap=0) for head in heads]
+        lines.append([None, *heads])
+    for row in rows:
+        line = []
+        if row:
+            line = [text(row[0])]
+            for image in row[1]:
+                tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+                line.append(ImageOps.expand(tile.convert("RGB"), 1, "silver"))
+        lines.append(line)
+    return titled(title, table(lines))
 
 
 def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
@@ -634,9 +507,9 @@ def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
         path.write_text(page, encoding="utf-8")
         return
     first, *more = page if isinstance(page, list) else [page]
+    moving = dict(save_all=True, append_images=more, duration=120, loop=0) if more else {}
     try:
-        first.save(path, **dict(save_all=True, append_images=more, duration=120, loop=0)
-                   if more else {})
+        first.save(path, **moving)
     except OSError as error:
         error.filename = path
         raise
@@ -645,46 +518,12 @@ def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The second image of each class, in order. (The first 5 of MNIST's test set looks like an S.)
-    """
-    return images[[np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)]]
+    """The second image of each class, in order. (The first 5 of MNIST's test set looks like S.)"""
+    chosen = [np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)]
+    return images[chosen]
 
 
 # ---------------------------------------------------------------- command line
-
-
-class Output(io.TextIOBase):
-    """Standard output that never ends the program.
-
-    A character that the console lacks is shown as its code. When nobody reads any more (`| head`),
-    or the disk with the log is full, the rest is not shown. `stream` may be None, or any object
-    with `write`.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, words: str) -> int:
-        """Write and flush, or do nothing."""
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            self.stream.write(words)
-            self.stream.flush()
-        return len(words)
-
-    def isatty(self) -> bool:
-        """Whether the stream says that it is a terminal."""
-        with contextlib.suppress(AttributeError, ValueError):
-            return self.stream.isatty()
-        return False
-
-
-@contextlib.contextmanager
-def tolerant_output() -> Iterator[None]:
-    """`print` writes to an `Output` in here. It also serves as a decorator."""
-    with contextlib.redirect_stdout(Output(sys.stdout)):
-        yield
 
 
 @contextlib.contextmanager
@@ -692,35 +531,56 @@ def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterato
     """An OSError, ValueError, FloatingPointError or full memory ends the program with one line and
     status 2, Ctrl-C with status 130. Other errors are bugs, and keep their traceback.
 
-    go_on: what the line adds when the disk or the memory is full.
+    go_on: what the line adds when the disk or the memory is full, or after Ctrl-C.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the console lacks is shown as a code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with tolerant_output():
-            yield
+        yield
+        print(end="", flush=True)
     except (MemoryError, RuntimeError) as error:
-        words = r"out of memory|can't allocate memory|not enough memory|Unable to allocate"
+        words = r"out of memory|allocate memory|enough memory|Unable to allocate"
         if not (isinstance(error, MemoryError) or re.search(words, str(error))):
             raise
         parser.error(f"the memory is full: close other programs{go_on}")
+    except BrokenPipeError:  # nobody reads any more, as with | head; nothing is left to be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = f"make room{go_on}" if full else "choose another folder"
         parser.error(f"{error.filename}: {error.strerror}: {cure}" if error.errno else str(error))
     except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\nstopped{': ' * bool(stop.args)}{stop}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped{go_on}\n")
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser without a usage line, so that an error is one line."""
+    form = argparse.RawTextHelpFormatter
+    return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, formatter_class=form)
 
 
 def parser_of() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--augs", nargs="+", choices=AUGMENTATIONS, metavar="A",
-                        default=["flip_lr", "flip_ud"], help="to compose, the left one first, of\n"
-                        + ", ".join(AUGMENTATIONS) + "\n(default flip_lr flip_ud)")
-    parser.add_argument("--out", type=Path, default=Path("augmentations.png"), metavar="FILE",
-                        help="(default augmentations.png)")
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--augs",
+        nargs="+",
+        choices=AUGMENTATIONS,
+        metavar="A",
+        default=["flip_lr", "flip_ud"],
+        help=f"to compose, the left one first, of\n{', '.join(AUGMENTATIONS)}\n"
+        "(default flip_lr flip_ud)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("augmentations.png"),
+        metavar="FILE",
+        help="(default augmentations.png)",
+    )
     return parser
 
 
@@ -730,9 +590,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         digits = one_of_each(*load_images()[2:])
-        rows = [("original", digits), None, *((a, f(digits)) for a, f in AUGMENTATIONS.items()),
-                None, ("+".join(options.augs), all_views(digits, options.augs)[-1])]
-        save(grid("Augmentations", CLASSES["mnist"], rows, cell=64), options.out)
+        single = [(name, f(digits)) for name, f in AUGMENTATIONS.items()]
+        composed = ("+".join(options.augs), all_views(digits, options.augs)[-1])
+        rows = [("original", digits), None, *single, None, composed]
+        save(grid("Augmentations", [*"0123456789"], rows, cell=64), options.out)
         print(f"wrote {options.out}")
 
 
