@@ -1,0 +1,256 @@
+"""How fast things are beside what they stand in for, and what an ideal head could get.
+
+    python assets/benchmark.py                     # prints the benchmark: some minutes
+    python assets/benchmark.py limit runs/heat0/rotate_cw+flip_lr shear_x canny
+
+The second command takes a run of a LAVAE and the augmentations of a head. It writes
+assets/results/limit-SOURCE-TARGET-SEED.json. Both need requirements-test.txt.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import sys
+import time
+import tracemalloc
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import adabelief_pytorch  # noqa: E402
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from skimage import feature  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import adabelief  # noqa: E402
+import augment  # noqa: E402
+import lavae  # noqa: E402
+import train  # noqa: E402
+from lavae import CVAE, LAVAE  # noqa: E402
+
+CPU = torch.device("cpu")
+TEMPERATURES = (0.8, 1.0, 1.2, 1.5, 2.0)
+
+
+def run_of(words: str = "") -> Namespace:
+    """The options of a run, from what one would type after `python train.py`."""
+    return train.resolve(train.parser_of().parse_args(words.split()))
+
+
+# ---------------------------------------------------------------- what an ideal head could get
+
+
+def limit(folder: str, *target: str) -> None:
+    """Write what an ideal decoder would get that is given the latents z L of a run and draws the
+    target's views.
+
+    Who cannot be sure which view is asked paints the mean of those that may be. Here p(view | z) is
+    a classifier's, whose temperature is the best one for the test images. The views are drawn by a
+    decoder that is told which.
+    """
+    model, data = lavae.load(folder), augment.load_images()
+    told_view, filters = CVAE(target).to_view, model.arguments["filters"]
+    z, z_test = (torch.stack(augment.views(model.encode(x), model.maps)) for x in data[::2])
+    images, wanted = (train.view_tensor(x, target, CPU) for x in data[::2])
+    torch.manual_seed(0)
+    classifier, told = classifier_of(z, filters), decoder_of(z, filters)
+    learn_views(classifier, z)
+    learn_images(told, told_view, z, images)
+    totals = Counter()
+    for v in range(len(z)):
+        for latents, x in zip(z_test[v].split(lavae.BLOCK), wanted[v].split(lavae.BLOCK)):
+            back = [model.from_view(latents, u) for u in range(len(z))]
+            originals = [told_view(original, u) for u, original in enumerate(back)]
+            totals.update(nats_of(classifier, told, latents, originals, lavae.pixels(x), v))
+    nats = {key: total / z_test.shape[1] for key, total in totals.items()}
+    found = {
+        "source": "+".join(model.augs),
+        "target": "+".join(target),
+        "told": nats["told"],
+        "ideal": min(nats[t] for t in TEMPERATURES),
+        "made": train.made_with(CPU),
+    }
+    name = f"limit-{found['source']}-{found['target']}-{model.settings['seed']}.json"
+    (ROOT / "assets" / "results" / name).write_text(json.dumps(found) + "\n")
+    print(found)
+
+
+def classifier_of(z: Tensor, filters: int) -> nn.Module:
+    """A classifier of views, as wide as a gated head. z: (2^K, N, latent_dim)."""
+    hidden = lavae.HEAD_WIDTH * filters
+    first = lavae.Decoder(z.shape[2], filters, hidden).hidden
+    return nn.Sequential(first, nn.Linear(hidden, len(z)))
+
+
+def decoder_of(z: Tensor, filters: int) -> nn.Module:
+    """A decoder like a gated head, of an original's latents and the view, one-hot."""
+    inputs, hidden = z.shape[2] + len(z), lavae.HEAD_WIDTH * filters
+    return lavae.channels_last(lavae.Decoder(inputs, filters, hidden))
+
+
+def learn_views(classifier: nn.Module, z: Tensor) -> None:
+    """The classifier learns which view latents are of, z (2^K, N, latent_dim)."""
+
+    def losses_of(index, t):
+        asked = torch.arange(len(z)).repeat_interleave(len(index))
+        return {"loss": F.cross_entropy(classifier(z[:, index].flatten(0, 1)), asked)}
+
+    run = run_of("--batch-size 512")
+    batches = train.Batches(*z.shape[:2], run)
+    train.fit("p(view | z)", losses_of, [*classifier.parameters()], batches, 8, 2e-3, run)
+
+
+def learn_images(told: nn.Module, told_view: Callable, z: Tensor, images: Tensor) -> None:
+    """The decoder learns to draw all views, images (2^K, N, 28, 28), from latents of originals."""
+
+    def losses_of(index, t):
+        originals = torch.cat([told_view(z[0, index], v) for v in range(len(z))])
+        x = lavae.pixels(images[:, index]).flatten(0, 1)
+        return {"loss": lavae.bce(told(originals), x)}
+
+    run = run_of()
+    batches = train.Batches(*z.shape[:2], run)
+    train.fit("told the view", losses_of, [*told.parameters()], batches, 3, 4.5e-3, run)
+
+
+@torch.no_grad()
+def nats_of(
+    classifier: nn.Module, told: nn.Module, z: Tensor, originals: list[Tensor], x: Tensor, v: int
+) -> dict:
+    """The nats of images x (B, 28, 28) of view v, summed: "told" the view, and by temperature.
+
+    z: their latents. originals: for each view what the decoder gets if z is of that view.
+    """
+    odds, drawn = classifier(z), torch.stack([told(o).sigmoid() for o in originals])
+    nats = {"told": F.binary_cross_entropy(drawn[v], x, reduction="sum").item()}
+    for t in TEMPERATURES:
+        mean = torch.einsum("bu,ubhw->bhw", (odds / t).softmax(1), drawn).clamp(max=1)
+        nats[t] = F.binary_cross_entropy(mean, x, reduction="sum").item()
+    return nats
+
+
+# ---------------------------------------------------------------- how fast things are
+
+
+def in_turn(jobs: dict[str, Callable], rounds: int = 7) -> None:
+    """Run the jobs in turn; print the median seconds of each and their ratio to the first one's."""
+    seconds = {name: [] for name in jobs}
+    for _, (name, job) in itertools.product(range(rounds + 1), jobs.items()):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            job()
+        seconds[name].append(time.perf_counter() - start)
+    seconds = {name: np.array(times[1:]) for name, times in seconds.items()}  # the first warms up
+    first = next(iter(seconds.values()))
+    for name, times in seconds.items():
+        print(f"  {name:24} {np.median(times):8.3f} s   {np.median(first / times):6.2f}")
+
+
+def flips(n: int) -> Tensor:
+    """The four views of the first n training images under two flips, (4, n, 28, 28)."""
+    return train.view_tensor(augment.load_images()[0][:n], ["flip_lr", "flip_ud"], CPU)
+
+
+def benchmark_stage1(n: int = 8192) -> None:
+    """An epoch of stage 1 beside a bare loop with the fastest Adam and no equivariance loss."""
+    images, run = flips(n), run_of("--epochs 1")
+    model, same = (lavae.channels_last(LAVAE(filters=run.filters)) for _ in range(2))
+    shuffled = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * n)])
+    parameters = [*same.encoder.parameters(), *same.decoder.parameters()]
+    optimizer = torch.optim.Adam(parameters, fused=True)
+
+    def bare_loop():
+        for x in shuffled.split(run.batch_size):
+            mu, logvar = same.encoder(x)
+            z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
+            loss = lavae.bce(same.decoder(z), x) + lavae.kl(mu, logvar)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def stage1():
+        train.stage1(model, images, None, run)
+
+    print(f"stage 1 on {4 * n:,} images in batches of {run.batch_size}")
+    in_turn({"bare loop, Adam(fused)": bare_loop, "train.stage1": stage1})
+
+
+def benchmark_recipe(n: int = 2048) -> None:
+    """How long the paper's training takes here: 100 epochs of stage 1 and 60 of stage 2, batch 64,
+    64 filters. (A pass of stage 2 encodes the same views without gradients to encoder or decoder:
+    reckoned as a sixth.)"""
+    images = flips(n)
+    run = run_of("--recipe published --equivariance-weight 0 --filters 64 --epochs 1")
+    model = lavae.channels_last(train.build(run))
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.stage1(model, images, None, run)
+    epoch = (time.perf_counter() - start) * 60_000 / n
+    hours = (100 * epoch + 60 * epoch / 6) / 3600
+    print(f"the paper's 100 + 60 epochs: 100 * {epoch:.0f} s + 60 * {epoch / 6:.0f} s", end=" ")
+    print(f"= {hours:.1f} hours")
+
+
+def benchmark_adabelief(filters: int, n: int = 100) -> None:
+    """n steps of AdaBelief beside the authors' package and a fast Adam."""
+
+    def stepping(make, **options):
+        model = LAVAE(filters=filters)
+        tensors = [*model.encoder.parameters(), *model.decoder.parameters()]
+        for p in tensors:
+            p.grad = torch.randn_like(p)
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = make(tensors, **options)
+        return lambda: [optimizer.step() for _ in range(n)]
+
+    print(f"{n} steps on the tensors of encoder and decoder, {filters} filters")
+    theirs = stepping(adabelief_pytorch.AdaBelief, rectify=False, print_change_log=False)
+    jobs = {
+        "AdaBelief": stepping(adabelief.AdaBelief),
+        "adabelief_pytorch": theirs,
+        "Adam(foreach)": stepping(torch.optim.Adam, foreach=True),
+    }
+    in_turn(jobs)
+
+
+def benchmark_canny() -> None:
+    """The memory of Canny's edges, and their time beside loops over OpenCV's and scikit-image's."""
+    x = augment.load_images()[0]
+    tracemalloc.start()
+    augment.canny(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"canny on {len(x):,} images: {peak / 2**20:.0f} MiB at most,", end=" ")
+    print(f"{x.nbytes / 2**20:.0f} of them the result")
+    jobs = {
+        "augment.canny": lambda: augment.canny(x),
+        "loop over cv2.Canny": lambda: [255 - cv2.Canny(i, 100, 200, L2gradient=True) for i in x],
+        "loop over skimage's": lambda: [feature.canny(i) for i in x],
+    }
+    in_turn(jobs, rounds=3)
+
+
+def benchmark() -> None:
+    """Print how fast things are."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads.", end=" ")
+    print("Median seconds, in turn; then how many times as fast as the first")
+    benchmark_adabelief(32)  # before `channels_last` has had a hand in the memory
+    benchmark_adabelief(64)
+    benchmark_stage1()
+    benchmark_recipe()
+    benchmark_canny()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["limit"]:
+        limit(*sys.argv[2:])
+    else:
+        benchmark()

@@ -1,0 +1,299 @@
+"""README's numbers and heat-maps, made from the runs that are kept here.
+
+    python assets/results/tables.py                 # README's rows and half-sentences, by name
+    python assets/results/tables.py keep RUN NAME   # a run's numbers, to assets/results/NAME.json
+    python assets/results/tables.py heatmaps        # assets/heatmap.png and heatmap_published.png
+
+NAME is that of the rows and ends in the seed: flips-0. The run is finished and evaluated.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import evaluate
+
+HERE = Path(__file__).resolve().parent
+MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
+
+# ---------------------------------------------------------------- the kept runs
+
+
+def json_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rounded(thing):
+    """The same with six digits of each number."""
+    if isinstance(thing, dict):
+        return {key: rounded(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [rounded(value) for value in thing]
+    return float(f"{thing:.6g}") if isinstance(thing, float) else thing
+
+
+def keep(run, name):
+    """What README needs of a run, to assets/results/NAME.json."""
+    content = json_of(Path(run, "metrics.json"))
+    del content["history"]
+    content["evaluation"] = json_of(Path(run, "evaluation.json"))
+    (HERE / f"{name}.json").write_text(json.dumps(rounded(content)) + "\n")
+
+
+def kept(name):
+    """The runs NAME-0, NAME-1, .. in the order of their seeds."""
+    runs = [json_of(path) for path in sorted(HERE.glob(f"{name}-[0-9].json"))]
+    configs = [run["config"] for run in runs]
+    assert runs and [config["seed"] for config in configs] == [*range(len(runs))], name
+    for config in configs:  # they differ in nothing else, but for what they were transferred to
+        same = {"seed": config["seed"], "transfer": config["transfer"]}
+        assert config == configs[0] | same, name
+    return runs
+
+
+def results(name):
+    """What `evaluate.measure` found of these."""
+    return [run["evaluation"] for run in kept(name)]
+
+
+# ---------------------------------------------------------------- from numbers to text
+
+
+def row(*cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(values):
+    several = len(values) > 1
+    return evaluate.spread(values, 1).replace("+-", "±") if several else f"{values[0]:.1f}"
+
+
+def range_of(values, digits=0):
+    low, high = (f"{f(values):.{digits}f}" for f in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def total(one):
+    return one["total"]
+
+
+def direct(one):
+    """The total of all views without a map, each encoded itself."""
+    return one["direct"]["total"]
+
+
+def views_of(one):
+    return [*one["identity"]]
+
+
+def excess(one):
+    """The most that a view costs over encoding it directly, %."""
+    return max(100 * (one[view] / one["direct"][view] - 1) for view in views_of(one))
+
+
+def never_shown(one):
+    return [nats for element, nats in one["elements"].items() if element not in views_of(one)]
+
+
+def back(one, view):
+    """The original, drawn from a view's latent."""
+    return one["any_to_any"][view]["orig"]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def result_row(label, rows):
+    views = [spread([one[view] for one in rows]) for view in views_of(rows[0])]
+    totals = spread([*map(total, rows)])
+    return row(label, *views, f"**{totals}**")
+
+
+def table1_row(label, rows):
+    """Of a model in Table I, over seeds: the nats of each view and of all."""
+    cells = [[one[column] for one in rows] for column in (*views_of(rows[0]), "total")]
+    return row(label, *map(spread, cells))
+
+
+def identity_row(label, rows):
+    """The percentage of test images that keep their identity, over seeds."""
+    flips, both = [], []
+    for one in rows:
+        _, *singles, last = one["identity"].values()
+        flips.append(100 * mean(singles))
+        both.append(100 * last)
+    return row(label, f"{spread(flips)}%", f"{spread(both)}%")
+
+
+def ladder_rung(label, flips, turns):
+    """The kept runs of flips and of turns with the methods of a rung."""
+    flips, turns = results(flips), results(turns)
+    cells = [spread([*map(f, rows)]) for rows in (flips, turns) for f in (direct, total)]
+    unseen = [nats for one in turns for nats in never_shown(one)]
+    heads = [one["transfer"] for one in flips if one["transfer"]]
+    transfer = [head["shear_x+canny"]["total"] for head in heads]
+    return row(label, *cells, range_of(unseen), spread(transfer) if transfer else "")
+
+
+def evidence_row(label, one):
+    drawn = [one[view] for view in (*views_of(one), "reverse")]
+    drawn += [back(one, view) for view in ("flip_lr", "flip_lr+flip_ud")]
+    return row(label, *(f"{nats:.1f}" for nats in drawn))
+
+
+def turns_row(run):
+    one, config = run["evaluation"], run["config"]
+    label = "k = 2, " * config["paper_involution"] + f"seed {config['seed']}"
+    values = one["group"]["eigenvalues"]["rotate_cw"]
+    roots = Counter((round(re), abs(round(im))) for re, im in values)
+    found = ", ".join(str(roots[root]) for root in ((1, 0), (-1, 0), (0, 1)))
+    numbers = f"{total(one):.2f}", f"{direct(one):.2f}", f"{excess(one):.1f}%"
+    return row(label, *numbers, range_of(never_shown(one)), found)
+
+
+# ---------------------------------------------------------------- README's parts
+
+
+def readme_parts():
+    """README's rows and half-sentences with numbers in them, by name."""
+    ours, published = results("flips"), results("published")
+    three, four = results("three"), results("four")
+    halves = [half for one in ours for half in one["half"].values()]
+    vaes, quick = ([*map(total, results(name))] for name in ("vae", "quick"))
+    each = [total(one) / 8 for one in three]
+    turn_back, turn_back_published = (
+        back(results(name)[0], "rotate_cw") for name in ("turns", "published-turns")
+    )
+    return {
+        "result_published": result_row("as published, 6 epochs", published),
+        "result_ours": result_row("ours, 6 epochs", ours),
+        "ladder": ladder(),
+        "half_length": range_of([half["length"] for half in halves], 2),
+        "half_away": range_of([half["re-encoded"] for half in halves], 2),
+        "vae_total": f"{mean(vaes):.0f}",
+        "joint": joint(),
+        "cuda": f"{total(*results('cuda')):.2f}",
+        "direct_total": spread([*map(direct, ours)]),
+        "turns_free": f"{total(*results('published-turns-free')):.1f}",
+        "turn_back": f"{turn_back:.0f} nats, and as published {turn_back_published:.0f}",
+        "quick_total": spread(quick),
+        "mmd_total": f"{total(*results('mmd')):.1f}",
+        "three": f"{spread(each)} nats a view",
+        "three_excess": f"{max(map(excess, three)):.1f}%",
+        "four_excess": f"{max(map(excess, four)):.1f}%",
+        "turns": "\n".join(map(turns_row, kept("turns") + kept("k2"))),
+        "made": made(),
+        "told_digit": f"{total(*results('cvae-digit')):.0f}",
+        "told_both": f"{total(*results('cvae-both')):.0f}",
+        "evidence": evidence(),
+        **table1_parts(),
+        **heatmap_parts(),
+    }
+
+
+def ladder():
+    rungs = [
+        ladder_rung("as published", "published", "published-turns"),
+        ladder_rung("+ recipe", "recipe", "recipe-turns"),
+        ladder_rung("+ orders", "recipe", "orders-turns"),
+        ladder_rung("+ equivariance loss", "plain-head", "turns"),
+        ladder_rung("+ gated heads", "flips", "turns"),
+        ladder_rung("as published, 64 filters, 33 epochs", "published64", "published64-turns"),
+    ]
+    return "\n".join(rungs)
+
+
+def joint():
+    (stuck,), (signs,) = results("joint-identity"), results("joint-signs")
+    assert stuck["group"]["directions"]["++"] == 16
+    return (
+        f"with maps that start at the identity the total is {total(stuck):.0f}, and all "
+        "eigenvalues stay at +1; with diagonals of +1 and −1 that do not learn it is "
+        f"{total(signs):.1f}; in two stages {total(results('flips')[0]):.1f}."
+    )
+
+
+def made():
+    """The machines, and the first and last day."""
+    found = [json_of(path)["made"] for path in sorted(HERE.glob("*.json"))]
+    assert {one["threads"] for one in found if one["device"] == "cpu"} == {1}
+    machines = {f"{one['hardware']}, torch {one['torch'].split('+')[0]}" for one in found}
+    days = [one["date"] for one in found]
+    return "; ".join([*sorted(machines, reverse=True), f"{min(days)} to {max(days)}"])
+
+
+def evidence():
+    rows = [(f"seed {seed}", one) for seed, one in enumerate(results("published"))]
+    rows.append(("MLP, seed 0", *results("published-mlp")))
+    rows.append(("no involution term, seed 0", *results("published-free")))
+    return "\n".join(evidence_row(*labelled) for labelled in rows)
+
+
+def table1_parts():
+    """The rows of Table I and of identity."""
+    parts, identity = {}, []
+    for name, label in (evaluate.MODELS | {"lavae": "**LAVAE**"}).items():
+        rows = results("flips" if name == "lavae" else name)
+        parts[f"table1_{name}"] = table1_row(label, rows)
+        identity.append(identity_row(label, rows))
+    return parts | {"identity": "\n".join(identity)}
+
+
+def heatmap_runs(name):
+    """{source: the evaluations of its runs}, of a heat-map: "heat" or "heat-published"."""
+    return {source: results(f"{name}-{source}") for source in evaluate.PAPER_TOTALS}
+
+
+def heatmap_parts():
+    """The same of the heat-maps."""
+    found, parts = heatmap_runs("heat"), {}
+    rows = evaluate.heatmap_rows("mnist", found)
+    published = evaluate.heatmap_rows("mnist", heatmap_runs("heat-published"))
+    parts["heat_below"] = evaluate.below_paper(rows)
+    parts["heat_published_below"] = evaluate.below_paper(published)
+
+    probe = []
+    for source, runs in found.items():
+        accuracy = f"{100 * mean(one['probe_accuracy'] for one in runs):.1f}%"
+        (further,) = results(f"more-{source}")
+        totals = [further["transfer"]["+".join(pair)]["total"] for pair in MORE_TARGETS]
+        probe.append(row(source.replace("+", ", "), accuracy, *(f"{t:.0f}" for t in totals)))
+    parts["probe"] = "\n".join(probe)
+
+    cells = [(source, target, *cell) for source in rows for target, cell in rows[source].items()]
+    ((source, target, _, paper),) = (cell for cell in cells if cell[3] and cell[2] >= cell[3])
+    seeds = " and ".join(f"{one['transfer'][target]['total']:.0f}" for one in found[source])
+    pairs = f"{source} to {target}".replace("+", ", ")
+    parts["heat_above"] = f"{pairs}, with {seeds} where the paper has {paper:.0f}"
+
+    heads = [one["transfer"]["shear_x+canny"] for one in found["flip_lr+flip_ud"]]
+    right, wrong = (
+        mean(head[f"{word}_classified"] for head in heads) for word in ("correctly", "wrongly")
+    )
+    parts |= {"probe_right": f"{right:.1f} nats", "probe_wrong": f"{wrong:.1f}"}
+    canny = mean(back(one, "canny") for one in found["shear_x+canny"])
+    parts["canny_back"] = f"{canny:.0f} nats"
+    limits = [json_of(path) for path in sorted(HERE.glob("limit-*.json"))]
+    parts["limit_ideal"] = " and ".join(f"{one['ideal']:.0f}" for one in limits)
+    parts["limit_told"] = f"{mean(one['told'] for one in limits):.0f}"
+    return parts
+
+
+def draw_heatmaps():
+    for name, picture in (("heat", "heatmap"), ("heat-published", "heatmap_published")):
+        rows = evaluate.heatmap_rows("mnist", heatmap_runs(name))
+        evaluate.heatmap(rows).save(HERE.parent / f"{picture}.png")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["keep"]:
+        keep(*sys.argv[2:])
+    elif sys.argv[1:] == ["heatmaps"]:
+        draw_heatmaps()
+    else:
+        for name, part in readme_parts().items():
+            print(f"{name}:\n{part}\n")
