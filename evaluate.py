@@ -451,7 +451,8 @@ def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
     is lower than the paper's, and red where it is higher."""
     found = [target for row in rows.values() for target in row]
     targets = sorted({*found}, key=[*PAPER_TOTALS, *found].index)
-    lines = [[None, *(text(target.replace("+", "\n"), 26) for target in targets)]]
+    heads = [text(target.replace("+", "\n"), 26) for target in targets]
+    lines = [[None, *heads]]
     for source, row in rows.items():
         lines.append([text(source.replace("+", "\n"), 26)])
         for target in targets:
@@ -581,16 +582,13 @@ def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: Sequence[tuple]) 
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#7f7f7f"]
-Series = tuple[str, Sequence, str]  # label, points (N, 2), style: dots, line or path
+Series = tuple[str, Sequence, str]  # label, points (N, 2), style: dots, marks, line or path
 
 
 def chart(
-    title: str,
-    panels: Sequence[Sequence[tuple[str, Sequence[Series]]]],
-    side: int = 420,
-    axes: bool = False,
+    title: str, panels: Sequence[Sequence[tuple]], side: int = 420, axes: bool = False
 ) -> Image.Image:
-    """Rows of panels (heading, series) under a title and a legend. A label has one colour in all.
+    """Rows of panels, (heading, list of Series), under a title and a legend of their labels.
 
     axes: both axes begin at 0 and have round ticks. Without them the points fill the panel.
     """
@@ -633,7 +631,7 @@ def panel(side: int, series: Sequence[Series], colours: dict, axes: bool) -> Ima
         colour, at = colours[label], place(points)
         if style in ("line", "path"):
             pen.line([*map(tuple, at)], colour, 4, "curve")
-        radius = {"dots": max(2, side // 140), "path": 5, "line": 0}[style]
+        radius = {"dots": max(2, side // 140), "marks": 9, "path": 5, "line": 0}[style]
         dots += [(radius, rng.random(), x, y, colour) for x, y in at if radius]
     for r, _, x, y, colour in sorted(dots):  # in random order: no series hides another
         pen.ellipse((x - r, y - r, x + r, y + r), colour)
@@ -804,7 +802,8 @@ def any_to_any(run):
     images = all_views(run.digits[one : one + 1], run.augs)
     for v, (name, view) in enumerate(zip(run.names, images)):
         drawn = through_maps(run, model.from_view(run.model.encode(view), v))[:-1]
-        rows.append((f"from {name}", [view[0], *(pictures[0] for _, pictures in drawn)]))
+        pictures = [pictures[0] for _, pictures in drawn]
+        rows.append((f"from {name}", [view[0], *pictures]))
     heads = ["v", *(f"to {name}" for name in run.names)]
     cell = 168 if len(rows) <= 4 else 72
     return grid("Any view to any view: D(E(v) L_from^-1 L_to)", heads, rows, cell)
@@ -836,7 +835,7 @@ def eigenvalues(run):
         for word, root in (("+1", (1, 0)), ("-1", (-1, 0)), ("+i", (0, 1)), ("-i", (0, -1))):
             near[word] = sum(math.dist(value, root) < 0.1 for value in values)
         heading = ", ".join(f"{n} at {word}" for word, n in near.items() if n)
-        series = [("unit circle", circle, "line"), ("eigenvalue", np.array(values), "dots")]
+        series = [("unit circle", circle, "line"), ("eigenvalue", np.array(values), "marks")]
         panels.append((f"{name}: {heading or 'none at a root'}", series))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
 
@@ -1101,7 +1100,8 @@ def save_heatmap(run: Run, results: dict[str, list[dict]], name: str) -> None:
     """Print a heat-map, and write a picture and its JSON beside the first run's folder."""
     rows, path = heatmap_rows(run.dataset, results), run.folder.parent / f"{name}.png"
     for source, row in rows.items():
-        print_table(f"trained on {source}", [*row], [("total", [ours for ours, _ in row.values()])])
+        totals = [ours for ours, _ in row.values()]
+        print_table(f"trained on {source}", [*row], [("total", totals)])
     print(f"{below_paper(rows)} cells are below the paper's; on the diagonal the first decoder")
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
     save(heatmap(rows), path)

@@ -321,12 +321,12 @@ class Epoch:
 
     def end(self, names: Sequence[str]) -> dict:
         """Print the line, and return the mean of each loss by its name, "loss" first; the seconds;
-        and "curve", the means over each hundredth of the epoch. Raises FloatingPointError: a loss
+        and "curve", the means over each twentieth of the epoch. Raises FloatingPointError: a loss
         is not finite."""
         losses, sizes = torch.stack(self.losses).cpu().double(), torch.tensor(self.sizes).double()
         if not losses.isfinite().all():
             raise FloatingPointError("the loss is not finite any more: try a lower --lr")
-        means, parts = sizes @ losses / sizes.sum(), losses.tensor_split(min(100, len(losses)))
+        means, parts = sizes @ losses / sizes.sum(), losses.tensor_split(min(20, len(losses)))
         curves = torch.stack([part.mean(0) for part in parts], 1)
         seconds = time.perf_counter() - self.start
         print(f"{self.renew}{self.title}  loss {means[0]:7.2f}  {seconds:.1f} s")
