@@ -2562,6 +2562,8 @@ def test_any_view_to_any(one):
 def test_group_elements_and_eigenvalues(data, figure_data, tmp_path):
     model = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4)
     model.maps[0].L.copy_(torch.block_diag(QUARTER, QUARTER))
+    for p in [*model.encoder.parameters(), *model.decoder.parameters()]:
+        p.mul_(4)  # so that other latents are other pictures
     two = run_of(tmp_path, model, few(data))
     found = tiles(evaluate.group_elements(two)[2])
     z, L1, L2 = model.encode(two.digits), model.maps[0].L, model.maps[1].L
