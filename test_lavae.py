@@ -2201,6 +2201,16 @@ def test_each_option_changes_the_models_bits(words, trained):
     )
 
 
+@pytest.mark.parametrize("head, peak", [("gated", 0.001), ("plain", 0.002)])
+def test_a_gated_head_learns_at_half_the_learning_rate(head, peak, monkeypatch):
+    rates = []
+    monkeypatch.setattr(train, "fit", lambda *given: rates.append(given[5]))
+    run = options("--filters", "1", "--lr", "0.002", "--head", head)
+    z, images = torch.zeros(4, 9, 16), torch.zeros(4, 9, 28, 28, dtype=torch.uint8)
+    train.stage3(train.build(run), ["shear_x", "canny"], z, images, run)
+    assert rates == [peak]
+
+
 def test_the_same_options_give_the_same_bits(trained, small_data, tmp_path):
     torch.rand(17)  # whatever else was drawn
     assert same_bits(small(tmp_path), lavae.load(trained("")))
