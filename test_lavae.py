@@ -202,16 +202,17 @@ def failing(error):
 @contextlib.contextmanager
 def stopped(n, by=KeyboardInterrupt):
     """What is trained in here is stopped at its n-th batch."""
-    batches, add = [], train.Epoch.add
+    seen, batches = [], train.Batches.__iter__
 
-    def count(self, *arguments):
-        batches.append(1)
-        if len(batches) == n:
-            raise by
-        add(self, *arguments)
+    def count(self):
+        for index in batches(self):
+            seen.append(1)
+            if len(seen) == n:
+                raise by
+            yield index
 
     with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit) as end:
-        m.setattr(train.Epoch, "add", count)
+        m.setattr(train.Batches, "__iter__", count)
         yield
     assert end.value.code == 130
 
@@ -2263,7 +2264,7 @@ def test_a_folder_that_holds_a_run_is_kept(trained, small_data, tmp_path, capsys
     refused(train.main, asked(out, "--seed 1"), "holds a run")
     refused(train.main, asked(out, "--resume"), "seed 1", "same options")
     small(out, "--seed 1 --resume")
-    assert "now: python evaluate.py '" in capsys.readouterr().out  # the path has a blank
+    assert 'now: python evaluate.py "' in capsys.readouterr().out  # the path has a blank
     assert same_bits(lavae.load(out), lavae.load(trained("--seed 1")))
     assert names_in(out) == ["metrics.json", "model.pt", "notes.txt"]
 
@@ -2292,11 +2293,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, small_dat
 
 
 def test_an_epoch_has_means_and_a_curve():
-    losses, epoch = np.random.default_rng(0).random(249), train.Epoch("epoch 1/2", 249)
-    sizes = [8] * 248 + [6]  # the last batch is smaller
-    for loss, n in zip(losses, sizes):
-        epoch.add({"loss": torch.tensor(loss)}, n)
-    row = epoch.end(["loss"])
+    losses, sizes = np.random.default_rng(0).random(249), [8] * 248 + [6]
+    row = train.summary(["loss"], [torch.tensor([loss]) for loss in losses], sizes)
     assert row["loss"] == pytest.approx(np.average(losses, weights=sizes))
     parts = [part.mean() for part in np.array_split(losses, 20)]
     assert np.allclose(row["curve"]["loss"], parts)

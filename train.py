@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import platform
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -214,7 +213,8 @@ def stage3(
     history: a dict for each epoch, with the mean loss.
     """
     print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
-    head, stage = model.heads["+".join(names)], "stage 3, " + "+".join(names)
+    key = "+".join(names)
+    head = model.heads[key]
 
     def losses_of(index, t):
         x = pixels(images[:, index], z.dtype).flatten(0, 1)
@@ -222,7 +222,8 @@ def stage3(
 
     parameters, batches = [*head.parameters()], Batches(len(images), images.shape[1], run)
     lr = run.lr / 2 if run.head == "gated" else run.lr
-    return fit(stage, losses_of, parameters, batches, run.transfer_epochs, lr, run, checkpoint)
+    epochs = run.transfer_epochs
+    return fit(f"stage 3, {key}", losses_of, parameters, batches, epochs, lr, run, checkpoint)
 
 
 # ---------------------------------------------------------------- the loop
@@ -255,17 +256,23 @@ def fit(
     if checkpoint:
         checkpoint.restore(stage, *state)
     for done in range(len(history), epochs):
-        epoch = Epoch(f"  epoch {done + 1}/{epochs}", len(batches))
+        start, all_losses, sizes = time.perf_counter(), [], []
         for step, index in enumerate(batches, start=done * len(batches)):
             t = (step + 0.5) / (epochs * len(batches))
-            rate = lr if run.recipe == "published" else lr * one_cycle(t)
-            optimizer.param_groups[0]["lr"] = rate
+            rate = 1 if run.recipe == "published" else one_cycle(t)
+            optimizer.param_groups[0]["lr"] = lr * rate
             losses = losses_of(index.to(device), t)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
-            epoch.add(losses, len(index))
-        history.append({"epoch": done + 1, **epoch.end([*losses])})
+            # They stay on the device until the epoch ends: to fetch them is to wait for it.
+            all_losses.append(torch.stack([*losses.values()]).detach())
+            sizes.append(len(index))
+            if sys.stdout.isatty() and len(sizes) % 50 == 0:
+                print(f"  {len(sizes) / len(batches):.0%}", end="\r", flush=True)
+        found, seconds = summary([*losses], all_losses, sizes), time.perf_counter() - start
+        history.append({"epoch": done + 1, "seconds": seconds, **found})
+        print(f"  epoch {done + 1}/{epochs}  loss {found['loss']:7.2f}  {seconds:.1f} s")
         if checkpoint:
             checkpoint.save(stage, *state)
     return history
@@ -286,7 +293,7 @@ class Batches:
     """
 
     def __init__(self, n_views: int, n_images: int, run: Namespace):
-        self.n_views, self.n_images, self.images_per_epoch = n_views, n_images, n_images
+        self.n_images = self.images_per_epoch = n_images
         self.images_per_batch = max(1, run.batch_size // n_views)
         self.shuffle = torch.Generator().manual_seed(run.seed + SHUFFLE)
 
@@ -294,44 +301,24 @@ class Batches:
         return math.ceil(self.images_per_epoch / self.images_per_batch)
 
     def __iter__(self):
-        rounds = []
-        for _ in range(math.ceil(self.images_per_epoch / self.n_images)):
-            rounds.append(torch.randperm(self.n_images, generator=self.shuffle))
-        return iter(torch.cat(rounds)[: self.images_per_epoch].split(self.images_per_batch))
+        rounds = range(math.ceil(self.images_per_epoch / self.n_images))
+        index = torch.cat([torch.randperm(self.n_images, generator=self.shuffle) for _ in rounds])
+        return iter(index[: self.images_per_epoch].split(self.images_per_batch))
 
 
-class Epoch:
-    """Collects the losses of an epoch, and prints a line about it. On a terminal the line says how
-    far the epoch is.
+def summary(names: Sequence[str], losses: Sequence[Tensor], sizes: Sequence[int]) -> dict:
+    """The mean of each loss over an epoch, by its name, and "curve", its means over each twentieth.
 
-    The losses stay on the device until the end: a step that fetched them would wait for it.
+    losses: those of each step, (len(names),), on a batch of the size that stands in sizes. Raises
+    FloatingPointError: a loss is not finite.
     """
-
-    def __init__(self, title: str, steps: int):
-        self.title, self.steps, self.start = title, steps, time.perf_counter()
-        self.losses, self.sizes = [], []  # of the steps
-        self.renew = "\r" if sys.stdout.isatty() else ""
-
-    def add(self, losses: dict[str, Tensor], n: int) -> None:
-        """Add the losses of a step on n images."""
-        self.losses.append(torch.stack([*losses.values()]).detach())
-        self.sizes.append(n)
-        if self.renew and len(self.sizes) % 50 == 0:
-            print(f"\r{self.title}  {len(self.sizes) / self.steps:.0%}", end="", flush=True)
-
-    def end(self, names: Sequence[str]) -> dict:
-        """Print the line, and return the mean of each loss by its name, "loss" first; the seconds;
-        and "curve", the means over each twentieth of the epoch. Raises FloatingPointError: a loss
-        is not finite."""
-        losses, sizes = torch.stack(self.losses).cpu().double(), torch.tensor(self.sizes).double()
-        if not losses.isfinite().all():
-            raise FloatingPointError("the loss is not finite any more: try a lower --lr")
-        means, parts = sizes @ losses / sizes.sum(), losses.tensor_split(min(20, len(losses)))
-        curves = torch.stack([part.mean(0) for part in parts], 1)
-        seconds = time.perf_counter() - self.start
-        print(f"{self.renew}{self.title}  loss {means[0]:7.2f}  {seconds:.1f} s")
-        curve = dict(zip(names, curves.tolist()))
-        return {**dict(zip(names, means.tolist())), "seconds": seconds, "curve": curve}
+    table = torch.stack([*losses]).cpu().double()
+    if not table.isfinite().all():
+        raise FloatingPointError("the loss is not finite any more: try a lower --lr")
+    means = torch.tensor(sizes).double() @ table / sum(sizes)
+    parts = table.tensor_split(min(20, len(table)))
+    curves = torch.stack([part.mean(0) for part in parts], 1)
+    return dict(zip(names, means.tolist())) | {"curve": dict(zip(names, curves.tolist()))}
 
 
 # ---------------------------------------------------------------- from options to a run
@@ -458,7 +445,7 @@ def train(
         for names in run.transfer:
             wanted, stage = view_tensor(x_train, names, device), "stage 3, " + "+".join(names)
             history[stage] = stage3(model, names, z, wanted, run, checkpoint)
-    seconds = round(time.perf_counter() - start, 2)
+    seconds = time.perf_counter() - start
     metrics = dict(config=settings, made=made_with(device), seconds=seconds, history=history)
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     lavae.save(model, run.out / "model.pt", settings)
@@ -582,9 +569,8 @@ def gradients_on(device: torch.device) -> list[Tensor]:
     logits, mu, logvar = model.to(device)(x, noise)
     loss = bce(logits, x.flatten(0, 1)) + lavae.kl(mu, logvar)
     (loss + 1000 * lavae.equivariance_loss(mu.unflatten(0, x.shape[:2]), [4])).backward()
-    parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
-    AdaBelief(parameters).step()
-    return [p.grad.cpu() for p in parameters]
+    AdaBelief(model.parameters()).step()
+    return [p.grad.cpu() for p in model.parameters() if p.grad is not None]
 
 
 # ---------------------------------------------------------------- the command line
@@ -774,7 +760,7 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
         if y_train is None and run.condition in ("digit", "both"):
             raise ValueError(f"--condition {run.condition}: {run.dataset} has no labels")
         model = train(run, x_train, y_train, device, begin(run))
-        print(f"now: python evaluate.py {shlex.quote(run.out.as_posix())}")  # it may have blanks
+        print(f'now: python evaluate.py "{run.out}"')
     return model.requires_grad_(False).eval()
 
 
