@@ -500,16 +500,13 @@ def grid(
     return titled(title, table(lines))
 
 
-def save(page: Image.Image | list[Image.Image] | str, path: Path) -> None:
-    """Write a picture, a list of pictures as a moving one, or a text. Raises OSError, ValueError:
-    the message names the file."""
+def save(page: Image.Image | str, path: Path) -> None:
+    """Write a picture or a text. Raises OSError, ValueError: the message names the file."""
     if isinstance(page, str):
         path.write_text(page, encoding="utf-8")
         return
-    first, *more = page if isinstance(page, list) else [page]
-    moving = dict(save_all=True, append_images=more, duration=120, loop=0) if more else {}
     try:
-        first.save(path, **moving)
+        page.save(path)
     except OSError as error:
         error.filename = path
         raise

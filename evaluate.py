@@ -26,7 +26,6 @@ import base64
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -280,10 +279,8 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
     def each(latents):  # the nats of every view, each drawn from its latents
         return {name: nats(model.decoder, z, v) for name, z, v in zip(names, latents, images)}
 
-    encoded, functions = (
-        [model.encode(v) for v in images],
-        [AUGMENTATIONS[aug] for aug in model.augs],
-    )
+    encoded = [model.encode(v) for v in images]
+    functions = [AUGMENTATIONS[aug] for aug in model.augs]
     z, any_to_any, products, half, transfer = encoded[0], {}, {}, {}, {}
     for v, name in enumerate(names):
         any_to_any[name] = each(views(model.from_view(encoded[v], v), model.maps))
@@ -320,12 +317,11 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Iterable]]) -> None:
-    """Print rows of (label, cells) under column heads. Cells are numbers or text; where there are
-    less than columns, they stand on the right."""
+    """Print rows of (label, cells) under column heads. Cells are numbers or text."""
     lines = [[title, *columns]]
     for label, cells in rows:
         cells = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
-        lines.append([label, *[""] * (len(columns) - len(cells)), *cells])
+        lines.append([label, *cells])
     first, *widths = (2 + max(7, *map(len, column)) for column in zip(*lines))
     print()
     for label, *cells in lines:
@@ -342,7 +338,7 @@ def report_table1(runs: Sequence[Run]) -> None:
     """Print Table I of these runs, with the paper's numbers below ours where there are any."""
     first, rows, identity = runs[0], [], []
     paper = PAPER_TABLE if (first.dataset, first.augs) == ("mnist", PAIRS[0]) else {}
-    for run in sorted(runs, key=lambda run: [*MODELS].index(run.kind)):
+    for run in runs:
         label = f"{label_of(run)}  {run.folder}"
         rows.append((label, [run.result[name] for name in (*run.names, "total")]))
         identity.append((label, [100 * share for share in run.result["identity"].values()]))
@@ -356,9 +352,9 @@ def report_table1(runs: Sequence[Run]) -> None:
 def report_lavae(run: Run) -> None:
     """Print what else is measured of a LAVAE, with the paper's totals of transfers."""
     result, names, totals = run.result, run.names, of_paper(run.dataset, "+".join(run.augs))
-    rows = [
-        (f"from {name}", with_total(row).values()) for name, row in result["any_to_any"].items()
-    ]
+    rows = []
+    for name, row in result["any_to_any"].items():
+        rows.append((f"from {name}", with_total(row).values()))
     rows.append(("direct, D(E(view))", result["direct"].values()))
     print_table(f"{run.folder}, any view to any", [*names, "total"], rows)
     print(f"reverse composition: {result['reverse']:.2f}")
@@ -372,13 +368,10 @@ def report_lavae(run: Run) -> None:
         print_table("the whole group", ["nats", "shown"], rows)
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
-        rows = [("LAVAE, D_B(E(x) L)", [row[name] for name in columns])]
+        cells = [row[name] for name in columns]
+        print_table(f"transfer to {target}", columns, [("LAVAE, D_B(E(x) L)", cells)])
         if target in totals:
-            rows.append(("  paper", [totals[target]]))
-        print_table(f"transfer to {target}", columns, rows)
-        for word in ("correctly", "wrongly"):
-            if value := row[f"{word}_classified"]:
-                print(f"a view that the probe names {word}: {value:.1f}")
+            print(f"the paper's total: {totals[target]:.2f}")
 
 
 def scalars(result: dict, prefix: str = "") -> dict[str, float]:
@@ -438,12 +431,6 @@ def heatmap_rows(dataset: str, results: dict[str, list[dict]]) -> dict[str, dict
         accuracy = statistics.mean(one["probe_accuracy"] for one in found)
         rows[source]["probe accuracy, %"] = 100 * accuracy, None
     return rows
-
-
-def below_paper(rows: dict[str, dict[str, tuple]]) -> str:
-    """How many cells of `heatmap_rows` are below the paper's: "15 of 16"."""
-    cells = [cell for row in rows.values() for cell in row.values() if cell[1]]
-    return f"{sum(ours < paper for ours, paper in cells)} of {len(cells)}"
 
 
 def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
@@ -523,7 +510,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
     for step in range(steps):
         early = step < 250
         t = torch.cdist(y, y).square_().add_(1).reciprocal_().fill_diagonal_(0)
-        pull = torch.add(P * 12 if early else P, t, alpha=-1 / t.sum().item()).mul_(t)
+        pull = ((12 * P if early else P) - t / t.sum()) * t
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
         gains = torch.where(gradient * velocity > 0, gains * 0.8, gains + 0.2).clamp_(min=0.01)
         velocity = (0.5 if early else 0.8) * velocity - lr * gains * gradient
@@ -670,18 +657,19 @@ def fig4_inverses(run):
     return grid(f"Back to the original: {' and '.join(run.augs)}", run.columns, rows)
 
 
-def fig5_recursion(run, rounds=7, n=400):
+def fig5_recursion(run):
     """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane"""
     model, path, rows = planar(run), [run.model.encode(run.digits)], [("x", run.digits)]
-    for k in range(1, rounds + 1):
+    for k in range(1, 8):
         drawn = run.draw(model.maps[0](path[-1]))
         rows.append((f"round {k}", drawn))
         path.append(run.model.encode(drawn))
-    path = torch.stack(path).cpu().numpy()  # (rounds + 1, digits, latent_dim)
-    moved = drift(path, ORDERS.get(run.augs[0]))
+    path = torch.stack(path)  # (8, digits, latent_dim)
+    back = 7 - 7 % ORDERS.get(run.augs[0], 1)  # then a path should be at its start
+    moved = (path[back] - path[0]).norm(dim=1)
     clouds = {}
-    for name, view in zip(run.names, all_views(run.data[2][:n], run.augs)):
-        clouds[name] = run.model.encode(view).cpu().numpy()
+    for name, view in zip(run.names, all_views(run.data[2][:400], run.augs)):
+        clouds[name] = run.model.encode(view)
     for word, i in (("stable", moved.argmin()), ("unstable", moved.argmax())):
         clouds[f"{word}: {run.columns[i]}"] = path[:, i]
     series = []
@@ -692,22 +680,11 @@ def fig5_recursion(run, rounds=7, n=400):
     return table([[left, right]])
 
 
-def projected(clouds: dict[str, np.ndarray], project: Callable) -> Iterable[tuple]:
+def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
     """Clouds of points (N, d) in one common plane: (label, points (N, 2)) of each."""
-    plane = project(np.concatenate([*clouds.values()]))
+    plane = project(torch.cat([*clouds.values()]).cpu().numpy())
     ends = np.cumsum([len(points) for points in clouds.values()])
     return zip(clouds, np.split(plane, ends))
-
-
-def drift(path: np.ndarray, order: int | None) -> np.ndarray:
-    """How far each of n paths, (rounds + 1, n, d), is from where it should be: (n,).
-
-    After a multiple of `order` rounds a path should be back at its start. Without an order, it
-    should not move any more in the last round.
-    """
-    rounds = len(path) - 1
-    a, b = (0, rounds - rounds % order) if order else (rounds - 1, rounds)
-    return np.linalg.norm(path[b] - path[a], axis=1)
 
 
 def fig6_transfer(run):
@@ -726,16 +703,16 @@ def fig8_cvae(run):
     require(run.kind == "cvae", "a run of --model cvae")
     model, labels = run.model, torch.from_numpy(run.labels)
     z = model.encode(run.digits, labels=labels)
-    by_digit = run.settings["condition"] == "digit"  # then it knows of no views
-    asked = [(name, v, labels) for v, name in enumerate(run.names)]
-    if by_digit:
-        asked = [(name, 0, labels[i].expand(len(z))) for i, name in enumerate(run.columns)]
     drawn = []
-    for name, view, told in asked:
-        drawn.append((f"D(z, {name})", run.draw(model.to_view(z, view, told))))
-    rows = view_rows(run.augs, run.digits, drawn)
-    if by_digit:
+    if run.settings["condition"] == "digit":  # then it knows of no views
+        for name, label in zip(run.columns, labels):
+            told = model.to_view(z, 0, label.expand(len(z)))
+            drawn.append((f"D(z, {name})", run.draw(told)))
         rows = [("x", run.digits), *drawn]
+    else:
+        for v, name in enumerate(run.names):
+            drawn.append((f"D(z, {name})", run.draw(model.to_view(z, v, labels))))
+        rows = view_rows(run.augs, run.digits, drawn)
     return grid("Naive CVAE: the condition changed", run.columns, rows)
 
 
@@ -752,16 +729,16 @@ def fig9_paired_cvae(run):
     return grid("CVAE trained like a LAVAE, and the LAVAE", run.columns, rows)
 
 
-def fig10_projections(run, n=200):
+def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    n = min(n, 4000 // len(run.names))  # t-SNE compares each point with each
-    images = all_views(run.data[2][:n], run.augs)
+    x = run.data[2][: min(200, 4000 // len(run.names))]  # t-SNE compares each point with each
+    images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
     mapped = views(latents[0], planar(run).maps)
     clouds = {
-        "images": [view.reshape(len(view), -1) / 255 for view in images],
-        "latents E(view)": [z.cpu().numpy() for z in latents],
-        "mapped E(x) L": [z.cpu().numpy() for z in mapped],
+        "images": [pixels(torch.from_numpy(view)).flatten(1) for view in images],
+        "latents E(view)": latents,
+        "mapped E(x) L": mapped,
     }
     rows = []
     for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
@@ -770,7 +747,7 @@ def fig10_projections(run, n=200):
             found = projected(dict(zip(run.names, parts)), project)
             series = [(label, points, "dots") for label, points in found]
             rows[-1].append((f"{cloud}, {name}", series))
-    return chart(f"{n} test digits, all views", rows, side=260)
+    return chart(f"{len(x)} test digits, all views", rows, side=260)
 
 
 def sampling(run):
@@ -805,8 +782,7 @@ def any_to_any(run):
         pictures = [pictures[0] for _, pictures in drawn]
         rows.append((f"from {name}", [view[0], *pictures]))
     heads = ["v", *(f"to {name}" for name in run.names)]
-    cell = 168 if len(rows) <= 4 else 72
-    return grid("Any view to any view: D(E(v) L_from^-1 L_to)", heads, rows, cell)
+    return grid("Any view to any view: D(E(v) L_from^-1 L_to)", heads, rows, cell=140)
 
 
 def group_elements(run):
@@ -843,9 +819,9 @@ def eigenvalues(run):
 def partial_augmentation(run):
     """half an augmentation: L^t beside the blend (1 - t) I + t L"""
     z, L = run.model.encode(run.digits), linear(run).maps[0].L
-    ts, unit, groups = np.linspace(0, 1, 9), torch.eye(len(L)).to(L), []
+    ts, groups = np.linspace(0, 1, 9).tolist(), []
     powers = [run.draw(z @ matrix_power(L, t)) for t in ts]
-    blends = [run.draw(z @ ((1 - t) * unit + t * L)) for t in ts.tolist()]
+    blends = [run.draw((1 - t) * z + t * z @ L) for t in ts]
     for i in range(2 % len(run.digits), len(run.digits), 2):
         rows = []
         for label, drawn in (("L^t", powers), ("(1 - t) I + t L", blends)):
@@ -884,14 +860,14 @@ def traversals(run):
     return grid("One latent moved, the others kept", heads, rows, 52)
 
 
-def latent_plane(run, n=15):
+def latent_plane(run):
     """the whole latent plane, decoded (--latent-dim 2 only)"""
     model = run.model
     require(model.latent_dim == 2, f"a run with --latent-dim 2, not {model.latent_dim}")
-    at, rows = torch.linspace(-2.5, 2.5, n), []
-    heads = [f"{round(v, 1) + 0:.1f}" for v in at.tolist()]  # + 0: no minus before a zero
+    at, rows = torch.arange(-7, 8) / 3, []
+    heads = [f"{v:.1f}" for v in at.tolist()]
     for z2, head in zip(at.flip(0), heads[::-1]):  # from the top down
-        z = torch.stack([at, z2.expand(n)], 1)
+        z = torch.stack([at, z2.expand(len(at))], 1)
         rows.append((head, run.draw(z.to(run.model.encoder.device))))
     return grid("D(z): z1 across, z2 upwards", heads, rows, cell=56)
 
@@ -929,24 +905,23 @@ def page(run, steps=20):
     for aug, f in zip(model.augs, model.maps):
         inverse = f.inverse(torch.eye(model.latent_dim).to(f.L))
         parts = torch.stack([matrix_power(f.L, t / steps) for t in range(steps + 1)])
-        numbers = {"L": f.L.flatten().tolist(), "inverse": inverse.flatten().tolist()}
-        maps.append({"name": aug, **numbers, "powers": halves(parts)})
+        L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
+        maps.append({"name": aug, "L": L, "inverse": back, "powers": halves(parts)})
     content = {
         "latent_dim": model.latent_dim,
         "entry": model.arguments["entry"],
         "views": run.names,
         "tensors": tensors,
         "maps": maps,
-        "heads": [[name, view_names(name.split("+"))] for name in model.heads],
+        "heads": [*zip(model.heads, map(view_names, model.transfers))],
         "digits": [base64.b64encode(digit.tobytes()).decode() for digit in run.digits],
     }
     template = Path(__file__).with_name("assets") / "page.html"
     return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
 
 
-# Each figure takes a Run. It returns a picture, a list of pictures (a GIF), a text (HTML), or
-# pictures by name. It raises NotAvailable where the run lacks what it needs. --list prints the
-# docstrings.
+# Each figure takes a Run. It returns a picture, a text (HTML), or pictures by name. It raises
+# NotAvailable where the run lacks what it needs. --list prints the docstrings.
 ALL = [fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae]
 ALL += [fig10_projections, sampling, interpolation, any_to_any, group_elements, eigenvalues]
 ALL += [partial_augmentation, reconstructions, prior_samples, traversals]
@@ -961,7 +936,6 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     """Draw and save figures, and print a line for each. Returns why some cannot be drawn."""
     missing = []
     for name, f in figures.items():
-        start = time.perf_counter()
         try:
             require(isinstance(run.model, LAVAE) or f in OF_CVAES, "a LAVAE")
             pages = f(run)
@@ -969,14 +943,13 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
             missing.append(f"{run.folder}: {name} {error}")
             continue
         for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-            ending = {list: "gif", str: "html"}.get(type(page), "png")
-            save(page, run.folder / f"{part}.{ending}")
-            seconds = time.perf_counter() - start
-            print(f"  {run.folder / part}.{ending}  {seconds:.1f} s", flush=True)
+            path = run.folder / f"{part}.{'html' if isinstance(page, str) else 'png'}"
+            save(page, path)
+            print(f"  {path}")
     return missing
 
 
-def own_images(run: Run, paths: Sequence[Path]) -> dict[str, Image.Image]:
+def own_images(run: Run, paths: Sequence[Path]) -> Image.Image:
     """A figure of one's own pictures: a row each, with its views and what the maps make of it.
     Raises ValueError: a picture cannot be read."""
     x, rows = np.stack([like_mnist(path) for path in paths]), []
@@ -985,8 +958,7 @@ def own_images(run: Run, paths: Sequence[Path]) -> dict[str, Image.Image]:
     for i, path in enumerate(paths):
         rows.append((path.stem[:20], [pictures[i] for _, pictures in columns]))
     title = "x as MNIST would have it, its views, and what the maps draw from x alone"
-    page = grid(title, [label for label, _ in columns], rows, cell=140)
-    return {f"image_{paths[0].stem}" if len(paths) == 1 else "images": page}
+    return grid(title, [label for label, _ in columns], rows, cell=140)
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -1030,7 +1002,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.peers = rows
         chosen = {name: FIGURES[name] for name in options.only or ()}
         if options.image:
-            chosen["--image"] = partial(own_images, paths=options.image)
+            chosen["images"] = partial(own_images, paths=options.image)
         for run in runs:
             wrong += draw_figures(run, chosen)
         if not chosen:
@@ -1093,19 +1065,11 @@ def evaluate(runs: Sequence[Run], tables: Iterable[Sequence[Run]]) -> None:
         for run in sources:
             results.setdefault("+".join(run.augs), []).append(run.result)
         if len(results) > 1:
-            save_heatmap(sources[0], results, f"heatmap{number or ''}")
-
-
-def save_heatmap(run: Run, results: dict[str, list[dict]], name: str) -> None:
-    """Print a heat-map, and write a picture and its JSON beside the first run's folder."""
-    rows, path = heatmap_rows(run.dataset, results), run.folder.parent / f"{name}.png"
-    for source, row in rows.items():
-        totals = [ours for ours, _ in row.values()]
-        print_table(f"trained on {source}", [*row], [("total", totals)])
-    print(f"{below_paper(rows)} cells are below the paper's; on the diagonal the first decoder")
-    path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
-    save(heatmap(rows), path)
-    print(f"  {path}")
+            rows = heatmap_rows(sources[0].dataset, results)
+            path = sources[0].folder.parent / f"heatmap{number or ''}.png"
+            path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+            save(heatmap(rows), path)
+            print(f"  {path}")
 
 
 if __name__ == "__main__":
