@@ -51,16 +51,26 @@ class AdaBelief(Optimizer):
             raise ValueError(f"betas must be in [0, 1): {betas}")
         if not 1e-37 <= eps < math.inf:
             raise ValueError(f"eps must be 1e-37 or more: {eps}")
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, {**defaults, "decoupled": decoupled, "rectify": rectify})
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            rectify=rectify,
+        )
+        super().__init__(params, defaults)
+
+    def load_state_dict(self, state_dict):
+        """Go on from the `state_dict()` of an AdaBelief. Raises ValueError: it is of another."""
+        if "rectify" not in state_dict["param_groups"][0]:
+            raise ValueError("this is the state of another optimiser")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient. Returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure and torch.enable_grad()(closure)()
         for group in self.param_groups:
             same_age = {}  # t -> parameters; one entry, unless some had no gradient for a while
             for p in group["params"]:

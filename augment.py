@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
@@ -257,16 +257,20 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
 
 
 def _checked(images):
-    if not (isinstance(images, np.ndarray) and images.dtype == np.uint8):
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or np.ma.isMA(images):
         raise TypeError(f"expected a uint8 array, got {getattr(images, 'dtype', type(images))}")
     if images.ndim != 3 or 0 in images.shape[1:]:
         raise ValueError(f"expected images of shape (N, H, W), H and W not 0, got {images.shape}")
     return images
 
 
+class Refused(ValueError):
+    """Something that a user asked for and cannot have. The message says what to do."""
+
+
 def _expect(there, what, given):
     if not there:
-        raise ValueError(f"expected {what}, got {given}")
+        raise Refused(f"expected {what}, got {given}")
 
 
 def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's caches
@@ -281,9 +285,10 @@ def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's cac
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
-FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
-KMNIST = "o ki su tsu na ha ma ya re wo"
-CLASSES = {"fashion_mnist": FASHION.split(), "kmnist": KMNIST.split()}
+CLASSES = {
+    "fashion_mnist": "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot",
+    "kmnist": "o ki su tsu na ha ma ya re wo",
+}
 KERAS = ("x_train", "y_train", "x_test", "y_test")
 MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -297,13 +302,14 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
 
     Raises:
         OSError: a file is missing or cannot be downloaded; the message says what to do.
-        ValueError: a .npz file does not hold what it should.
+        Refused: a .npz file does not hold what it should.
     """
     if dataset in DOWNLOADS:
         return _download(dataset, data_dir)
     path = Path(dataset)
     if not path.is_file():
-        path = Path(data_dir, "mnist.npz" if dataset == "mnist" else path.name)
+        name = "mnist.npz" if dataset == "mnist" else PureWindowsPath(dataset).name
+        path = Path(data_dir, name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: check --dataset, leave --data-dir out")
     return load_npz(path)
@@ -313,20 +319,22 @@ def load_npz(path: str | Path) -> tuple:
     """What `load_images` returns, from a .npz file with the names of Keras or of MedMNIST.
 
     Keras's are x_train, y_train, x_test and y_test. MedMNIST's are train_images, train_labels,
-    test_images and test_labels. Images are uint8 (N, 28, 28), 200 or more. Labels are integers from
-    0 to 999, (N,) or (N, 1); both may be missing. Nothing is unpickled. Raises ValueError: it holds
-    something else.
+    test_images and test_labels. Images are uint8 (N, 28, 28). Labels are integers from 0 to 999,
+    (N,) or (N, 1); both may be missing. Nothing is unpickled. Raises Refused: it holds something
+    else.
     """
     try:
         with np.load(path) as file:
-            keys = MEDMNIST if MEDMNIST[0] in file.files else KERAS
-            found = {key: file[key] for key in keys if key in file.files}
+            there = file.files
+            keys = MEDMNIST if MEDMNIST[0] in there else KERAS
+            found = {key: file[key] for key in keys if key in there}
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is no whole .npz file of plain arrays ({error})") from error
+        raise Refused(f"{path} is no whole .npz file of plain arrays ({error})") from error
     x_train, y_train, x_test, y_test = (found.get(key) for key in keys)
     for key, x in zip(keys[::2], (x_train, x_test)):
-        good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) >= 200
-        _expect(good, f"{path} to hold 200 or more images, uint8 (N, 28, 28), as {key}", _kind(x))
+        good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) > 0
+        given = f"{_kind(x)}; it holds {', '.join(there)}"
+        _expect(good, f"{path} to hold images, uint8 (N, 28, 28), as {key}", given)
     if y_train is None and y_test is None:
         return x_train, None, x_test, None
     for key, x, y in zip(keys[1::2], (x_train, x_test), (y_train, y_test)):
@@ -364,13 +372,13 @@ def like_mnist(path: str | Path) -> np.ndarray:
     picture may be in colour, dark on light or light on dark, and partly transparent. It is turned
     as its EXIF data say. The ink is what differs from the page around it, whatever the light.
 
-    Raises ValueError: the file is no picture, or there is no ink on it.
+    Raises Refused: the file is no picture, or there is no ink on it.
     """
     try:
         with Image.open(path) as file:
             picture = _grey(ImageOps.exif_transpose(file))
     except Exception as error:  # a broken file may raise anything
-        raise ValueError(f"{path} is no picture that can be read") from error
+        raise Refused(f"{path} is no picture that can be read") from error
     picture.thumbnail((200, 200))
     grey = np.asarray(picture, np.float64)
     if np.median(grey) - grey.min() < grey.max() - np.median(grey):  # light on dark
@@ -381,7 +389,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
     ink = 1 - grey / page.clip(1)
     darkest = np.quantile(ink, 0.995)
     if not darkest > 0.1:
-        raise ValueError(f"{path} shows no digit: write it darker, and leave some paper around it")
+        raise Refused(f"{path} shows no digit: write it darker, and leave some paper around it")
     ink = ink > darkest / 2
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -418,12 +426,12 @@ def _grey(picture):
 def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
     """Words as a picture. Lines are centred. size: about the height of a line, in pixels.
 
-    Raises ValueError: this Pillow cannot draw text.
+    Raises Refused: this Pillow cannot draw text.
     """
     try:
         font, lines = ImageFont.load_default(size), words.split("\n")
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             "this Pillow was built without FreeType and cannot write text: `python -m "
             "pip install --force-reinstall pillow`"
         ) from error
@@ -501,7 +509,7 @@ def grid(
 
 
 def save(page: Image.Image | str, path: Path) -> None:
-    """Write a picture or a text. Raises OSError, ValueError: the message names the file."""
+    """Write a picture or a text. Raises OSError, Refused: the message names the file."""
     if isinstance(page, str):
         path.write_text(page, encoding="utf-8")
         return
@@ -511,7 +519,12 @@ def save(page: Image.Image | str, path: Path) -> None:
         error.filename = path
         raise
     except ValueError as error:
-        raise ValueError(f"cannot write {path} ({error}): choose another --out") from error
+        raise Refused(f"cannot write {path} ({error}): choose another --out") from error
+
+
+def evenly(items: np.ndarray, n: int) -> np.ndarray:
+    """n of the items, or all of them if there are fewer, at equal distances: data may be sorted."""
+    return items[np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)]
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -525,7 +538,7 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterator[None]:
-    """An OSError, ValueError, FloatingPointError or full memory ends the program with one line and
+    """An OSError, Refused, FloatingPointError or full memory ends the program with one line and
     status 2, Ctrl-C with status 130. Other errors are bugs, and keep their traceback.
 
     go_on: what the line adds when the disk or the memory is full, or after Ctrl-C.
@@ -546,8 +559,9 @@ def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterato
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = f"make room{go_on}" if full else "choose another folder"
-        parser.error(f"{error.filename}: {error.strerror}: {cure}" if error.errno else str(error))
-    except (ValueError, FloatingPointError) as error:
+        name = error.filename or "a file cannot be written"
+        parser.error(f"{name}: {error.strerror}: {cure}" if error.errno else str(error))
+    except (Refused, FloatingPointError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped{go_on}\n")
@@ -557,6 +571,13 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     """A parser without a usage line, so that an error is one line."""
     form = argparse.RawTextHelpFormatter
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, formatter_class=form)
+
+
+def path_of(words: str) -> Path:
+    """A type for argparse: a path, which is not empty; ~ is one's home."""
+    if not words.strip():
+        raise argparse.ArgumentTypeError("an empty path: give a name, or leave the option out")
+    return Path(words).expanduser()
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -573,7 +594,7 @@ def parser_of() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         default=Path("augmentations.png"),
         metavar="FILE",
         help="(default augmentations.png)",

@@ -26,6 +26,7 @@ import base64
 import json
 import math
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -46,14 +47,17 @@ from augment import (
     DATA_DIR,
     ORDERS,
     PAIRS,
+    Refused,
     all_views,
     box,
+    evenly,
     grid,
     like_mnist,
     load_images,
     new_parser,
     one_line_errors,
     one_of_each,
+    path_of,
     save,
     table,
     text,
@@ -61,7 +65,7 @@ from augment import (
     view_names,
     views,
 )
-from lavae import BLOCK, CVAE, LAVAE, LatentMap, apply_in_order, matrix_power, order_error, pixels
+from lavae import BLOCK, CVAE, LAVAE, apply_in_order, matrix_power, order_error, pixels
 
 OWN_OPTIONS = ("model", "condition", "latent_map", "joint", "involution_weight")  # of some models
 OWN_OPTIONS += ("paper_involution", "equivariance_weight", "head", "transfer", "transfer_epochs")
@@ -72,9 +76,9 @@ MODELS = {  # by --model, in the order of Table I
     "vae": "VAE of originals",
 }
 PAPER_TABLE = {  # Table I, of flip_lr+flip_ud; it gives the last row's total as 695.68
-    "lavae": [68.34, 75.89, 71.30, 81.57],
-    "cvae": [98.11, 260.18, 351.79, 279.82],
-    "cvae-paired": [99.15, 99.16, 99.26, 299.12],
+    "LAVAE": [68.34, 75.89, 71.30, 81.57],
+    "CVAE, naive, told the view": [98.11, 260.18, 351.79, 279.82],
+    "CVAE, paired": [99.15, 99.16, 99.26, 299.12],
 }
 PAIR_NAMES = ["+".join(pair) for pair in PAIRS]
 PAPER_TOTALS = {  # the authors' slides 13 and 21, {trained on: totals transferred to each of these}
@@ -140,17 +144,18 @@ def nats(decoder: nn.Module, z: Tensor, images: np.ndarray) -> float:
 
 
 def score(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[float, float]:
-    """(`nats`, identity). The identity is the share of drawn pictures whose own image is nearest to
-    them (L2) among all images."""
+    """(`nats`, identity). The identity is the share of drawn pictures to which no other image is
+    nearer (L2) than their own one."""
     logits, bces = decoded(decoder, z, images)
     targets = pixels(torch.as_tensor(images, device=z.device), z.dtype).flatten(1)
-    nearest = []
-    squares = targets.square().sum(1)
+    squares, hits, n = targets.square().sum(1), 0, 0
     for block in logits:
         drawn = block.sigmoid().flatten(1)
-        nearest.append((squares - 2 * drawn @ targets.T).argmin(1))  # + |D(z)|^2 is the distance
-    hits = torch.cat(nearest) == torch.arange(len(z), device=z.device)
-    return bces.mean().item(), hits.sum().item() / len(z)
+        distances = squares - 2 * drawn @ targets.T  # and |D(z)|^2, which is the same for all
+        own = distances[:, n : n + len(block)].diagonal()
+        hits += (own <= distances.min(1).values + 1e-4).sum().item()  # equal images are hits
+        n += len(block)
+    return bces.mean().item(), hits / n
 
 
 def with_total(row: dict[str, float]) -> dict[str, float]:
@@ -256,7 +261,7 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray | None) -
 
     y: their digits (N,), for a CVAE that is told them.
     """
-    told = {"labels": y} if isinstance(model, CVAE) else {}
+    told = {} if hasattr(model, "maps") else {"labels": y}
     z = model.encode(x, **told)
     return [model.to_view(z, v, **told) for v in range(2 ** len(model.augs))]
 
@@ -273,7 +278,7 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
     scores = [score(model.decoder, z, v) for z, v in zip(mapped, images)]
     result = with_total({name: bce for name, (bce, _) in zip(names, scores)})
     result["identity"] = {name: identity for name, (_, identity) in zip(names, scores)}
-    if isinstance(model, CVAE):
+    if not hasattr(model, "maps"):
         return result
 
     def each(latents):  # the nats of every view, each drawn from its latents
@@ -287,12 +292,12 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
     for name, exponents in elements(model.augs).items():
         view = powers(x, functions, exponents)
         products[name] = nats(model.decoder, powers(z, model.maps, exponents), view)
-    linear = isinstance(model.maps[0], LatentMap)
+    linear = hasattr(model.maps[0], "L")
     for aug, f in zip(model.augs, model.maps):
         if linear and aug in ORDERS:
-            half[aug] = half_way(model, f.L, z[:2000])
+            half[aug] = half_way(model, f.L, evenly(z, 2000))
 
-    train = views(model.encode(x_train[:20_000]), model.maps)
+    train = views(model.encode(evenly(x_train, 20_000)), model.maps)
     correct = correctly_classified(train, mapped)
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         pairs = zip(mapped, all_views(x, augs))
@@ -339,11 +344,12 @@ def report_table1(runs: Sequence[Run]) -> None:
     first, rows, identity = runs[0], [], []
     paper = PAPER_TABLE if (first.dataset, first.augs) == ("mnist", PAIRS[0]) else {}
     for run in runs:
-        label = f"{label_of(run)}  {run.folder}"
+        kind = label_of(run)
+        label = f"{kind}  {run.folder}"
         rows.append((label, [run.result[name] for name in (*run.names, "total")]))
         identity.append((label, [100 * share for share in run.result["identity"].values()]))
-        if run.kind in paper and run.settings["condition"] in ("view", "paired", None):
-            values = paper[run.kind]
+        if kind in paper:
+            values = paper[kind]
             rows.append(("  paper", [*values, sum(values)]))
     print_table(f"Table I, nats an image, {first.dataset}", [*first.names, "total"], rows)
     print_table("identity preserved, %", first.names, identity)
@@ -363,9 +369,8 @@ def report_lavae(run: Run) -> None:
         directions = result["group"]["directions"] or "not in common"
         print(f"latent directions that {' and '.join(run.augs)} keep (+) or reverse: {directions}")
     if len(result["elements"]) > len(names):
-        shown = {name: "yes" if name in names else "never" for name in result["elements"]}
-        rows = [(name, [value, shown[name]]) for name, value in result["elements"].items()]
-        print_table("the whole group", ["nats", "shown"], rows)
+        rows = [(name, [value]) for name, value in result["elements"].items()]
+        print_table(f"the group; training shows the first {len(names)}", ["nats"], rows)
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
         cells = [row[name] for name in columns]
@@ -505,7 +510,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
     P = (p + p.T) / (2 * len(x))
 
     y = torch.from_numpy(pca(x.numpy(), 2))  # (N, 2), moved by the gradient
-    y *= 1e-4 / y[:, 0].std()
+    y *= 1e-4 / y[:, 0].std().clamp(min=1e-12)
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(len(x) / 48, 25)
     for step in range(steps):
         early = step < 250
@@ -521,7 +526,7 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
 # ---------------------------------------------------------------- figures: what they share
 
 
-class NotAvailable(ValueError):
+class NotAvailable(Refused):
     """A run cannot have this figure. The message says what it would need."""
 
 
@@ -533,7 +538,7 @@ def require(there: bool, what: str) -> None:
 
 def linear(run: Run) -> LAVAE:
     """The LAVAE of a run. Raises NotAvailable: its maps are not matrices."""
-    require(isinstance(run.model.maps[0], LatentMap), "linear maps: train without --latent-map")
+    require(hasattr(run.model.maps[0], "L"), "linear maps: train without --latent-map")
     return run.model
 
 
@@ -668,7 +673,7 @@ def fig5_recursion(run):
     back = 7 - 7 % ORDERS.get(run.augs[0], 1)  # then a path should be at its start
     moved = (path[back] - path[0]).norm(dim=1)
     clouds = {}
-    for name, view in zip(run.names, all_views(run.data[2][:400], run.augs)):
+    for name, view in zip(run.names, all_views(evenly(run.data[2], 400), run.augs)):
         clouds[name] = run.model.encode(view)
     for word, i in (("stable", moved.argmin()), ("unstable", moved.argmax())):
         clouds[f"{word}: {run.columns[i]}"] = path[:, i]
@@ -731,7 +736,8 @@ def fig9_paired_cvae(run):
 
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    x = run.data[2][: min(200, 4000 // len(run.names))]  # t-SNE compares each point with each
+    n = min(200, 4000 // len(run.names))  # t-SNE compares each point with each
+    x = evenly(run.data[2], n)
     images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
     mapped = views(latents[0], planar(run).maps)
@@ -752,7 +758,7 @@ def fig10_projections(run):
 
 def sampling(run):
     """new digits and their views: z uniform in the bounding box of the training images' latents"""
-    z = run.model.encode(run.data[0][:10_000])
+    z = run.model.encode(evenly(run.data[0], 10_000))
     share = torch.from_numpy(np.random.default_rng(run.seed).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
     rows = through_maps(run, low + share.to(z) * (high - low))
@@ -788,8 +794,9 @@ def any_to_any(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training"""
     functions, found = [AUGMENTATIONS[aug] for aug in run.augs], elements(run.augs)
-    more = len(found) > len(run.names)
-    require(more, "augmentations with more products than views, like rotate_cw")
+    require(
+        len(found) > len(run.names), "augmentations with more products than views, like rotate_cw"
+    )
     model, z, groups = linear(run), run.model.encode(run.digits), []
     for name, exponents in found.items():
         letters = " ".join(["E(x)", *written(run.letters, exponents)])
@@ -805,7 +812,6 @@ def eigenvalues(run):
     found, panels = group(linear(run))["eigenvalues"], []
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
-    circle = np.concatenate([circle, [[-1, 0], [0, 0], [0, 1], [0, -1]]])  # with a cross at 0
     for name, values in found.items():
         near = {}
         for word, root in (("+1", (1, 0)), ("-1", (-1, 0)), ("+i", (0, 1)), ("-i", (0, -1))):
@@ -832,7 +838,7 @@ def partial_augmentation(run):
 
 def reconstructions(run):
     """reconstructions beside their inputs, of digits that no other figure shows"""
-    x, groups = run.data[2][100:140], []
+    x, groups = evenly(run.data[2], 40), []
     drawn = run.draw(run.model.encode(x))
     for i in range(0, len(x), 10):
         groups.append([("x", x[i : i + 10]), ("D(E(x))", drawn[i : i + 10])])
@@ -916,7 +922,7 @@ def page(run, steps=20):
         "heads": [*zip(model.heads, map(view_names, model.transfers))],
         "digits": [base64.b64encode(digit.tobytes()).decode() for digit in run.digits],
     }
-    template = Path(__file__).with_name("assets") / "page.html"
+    template = Path(__file__).resolve().with_name("assets") / "page.html"
     return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
 
 
@@ -937,9 +943,11 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     missing = []
     for name, f in figures.items():
         try:
-            require(isinstance(run.model, LAVAE) or f in OF_CVAES, "a LAVAE")
+            require(hasattr(run.model, "maps") or f in OF_CVAES, "a LAVAE")
             pages = f(run)
-        except NotAvailable as error:
+        except Exception as error:  # no reason to stop the other figures
+            if not isinstance(error, Refused):
+                traceback.print_exc()
             missing.append(f"{run.folder}: {name} {error}")
             continue
         for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
@@ -951,7 +959,7 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
 
 def own_images(run: Run, paths: Sequence[Path]) -> Image.Image:
     """A figure of one's own pictures: a row each, with its views and what the maps make of it.
-    Raises ValueError: a picture cannot be read."""
+    Raises Refused: a picture cannot be read."""
     x, rows = np.stack([like_mnist(path) for path in paths]), []
     drawn = through_maps(run, run.model.encode(x), "D(E(x){})")
     columns = [row for row in view_rows(run.augs, x, drawn) if row]
@@ -965,7 +973,13 @@ def parser_of() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: all under runs/)")
+    add(
+        "runs",
+        nargs="*",
+        type=path_of,
+        metavar="RUN",
+        help="run folders (default: all under runs/)",
+    )
     add("--only", nargs="+", choices=FIGURES, metavar="NAME", help="draw these figures, no more")
     add("--list", action="store_true", help="name the figures, and end")
     add(
@@ -978,11 +992,11 @@ def parser_of() -> argparse.ArgumentParser:
     add(
         "--image",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="show these pictures or photos of a digit each through the maps",
     )
-    add("--data-dir", type=Path, default=DATA_DIR, help="(default data/)")
+    add("--data-dir", type=path_of, default=DATA_DIR, help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="(default cpu)")
     return parser
 
@@ -993,7 +1007,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         if options.list:
-            print("\n".join(f"{name:22} {f.__doc__}" for name, f in FIGURES.items()))
+            print("\n".join(f"{name:22} {f.__doc__ or ''}" for name, f in FIGURES.items()))
             return
         runs, wrong = load_runs(options)
         tables = grouped(runs, *OWN_OPTIONS)
@@ -1008,7 +1022,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not chosen:
             evaluate(runs, tables)
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise Refused("; ".join(wrong))
 
 
 def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
@@ -1021,24 +1035,28 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     data_of = cache(partial(load_images, data_dir=options.data_dir))
     for folder in folders:
         try:
-            model = lavae.load(folder, device)
+            model = lavae.load(folder / "model.pt", device)
             runs.append(run_of(folder, model, data_of(model.settings["dataset"]), options))
-        except (OSError, ValueError) as error:
+        except (OSError, Refused) as error:
             wrong.append(str(error))
     return runs, wrong
 
 
 def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Namespace) -> Run:
-    """A Run, with an image of each class that the figures show. Raises ValueError: there is no such
-    class."""
+    """A Run, with an image of each class that the figures show. Raises Refused: there is no such
+    class, or the model does not know one."""
     x, y = data[2:]
     if y is None:  # then the first ten images stand for all
         return Run(folder, model, data, x[:10], np.zeros(10, int), [""] * 10, options.seed)
     known = np.unique(y)
     labels = known[:10] if options.digits is None else np.unique(options.digits)
     if unknown := {*labels} - {*known}:
-        raise ValueError(f"--digits {min(unknown)}: there is no test image of it")
-    names = CLASSES.get(model.settings["dataset"]) or range(1000)
+        raise Refused(f"--digits {min(unknown)}: there is no test image of it")
+    if getattr(model, "by_digit", False) and known[-1] >= model.classes:
+        raise Refused(
+            f"{folder}: test label {known[-1]}, but training had none above {model.classes - 1}"
+        )
+    names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
     shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
     digits = one_of_each(x[shown], y[shown])
     return Run(folder, model, data, digits, labels, columns, options.seed)
@@ -1052,7 +1070,7 @@ def evaluate(runs: Sequence[Run], tables: Iterable[Sequence[Run]]) -> None:
     for rows in tables:
         report_table1(rows)
         for run in rows:
-            if isinstance(run.model, LAVAE):
+            if hasattr(run.model, "maps"):
                 report_lavae(run)
             print()
             draw_figures(run, FIGURES)

@@ -14,6 +14,7 @@ of the three stages; then half an augmentation, the ablations, the CVAE, files a
 
 import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
@@ -28,7 +29,10 @@ from torch import Tensor, nn
 
 
 def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images to numbers in [0, 1], same shape, on the same device."""
+    """uint8 images (.., 28, 28) to numbers in [0, 1]. Raises ValueError: they are not that."""
+    if images.dtype != torch.uint8 or images.shape[-2:] != (28, 28):
+        what = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"expected images as torch.uint8 (.., 28, 28), got {what}")
     return images.to(dtype) / 255
 
 
@@ -90,7 +94,7 @@ class Decoder(nn.Module):
         self, latent_dim: int = 16, filters: int = 64, hidden: int = 0, entry: str = "relu"
     ):
         super().__init__()
-        self.entry = F.relu if entry == "relu" else nn.Identity()
+        self.entry = {"relu": F.relu, "linear": nn.Identity()}[entry]
         self.hidden = nn.Sequential()
         if hidden:
             self.hidden.extend([GEGLU(latent_dim, hidden), nn.Linear(hidden, hidden), nn.GELU()])
@@ -202,7 +206,7 @@ class LAVAE(nn.Module):
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters, entry=entry)
         self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
-        hidden = HEAD_WIDTH * filters if head == "gated" else 0
+        hidden = {"gated": HEAD_WIDTH * filters, "plain": 0}[head]
         self.heads = nn.ModuleDict()
         for names in self.transfers:
             self.heads["+".join(names)] = Decoder(latent_dim, filters, hidden, entry)
@@ -221,8 +225,7 @@ class LAVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor | np.ndarray) -> Tensor:
         """E(x): uint8 images (N, 28, 28) to means (N, latent_dim), the z of stages 2 and 3."""
-        images = torch.as_tensor(images, device=self.encoder.device)
-        blocks = [pixels(block, self.encoder.dtype) for block in images.split(BLOCK)]
+        blocks = in_blocks(images, self.encoder)
         return torch.cat([self.encoder(block)[0] for block in blocks])
 
     def to_view(self, z: Tensor, view: int) -> Tensor:
@@ -249,26 +252,41 @@ class LAVAE(nn.Module):
         """From any view to any: D(E(x) L_source^-1 L_target).
 
         Views have the names of the tables. The left augmentation goes first: "flip_lr+flip_ud",
-        "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw".
+        "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw", "rotate_cw^-1" for the inverse.
         """
-        back = [f.inverse for f in reversed(self._named(source))]
-        z = apply_in_order(self.encoder(x)[0], back + self._named(target))
+        z, back = self.encoder(x)[0], [(f, -n) for f, n in reversed(self._named(source))]
+        for f, n in back + self._named(target):
+            z = apply_in_order(z, [f if n > 0 else f.inverse] * abs(n))
         return self.decoder(z).sigmoid()
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
         """A part of an augmentation, D(E(x) L^t) with 0 <= t <= 1, see `matrix_power`."""
-        L = matrix_power(self._map(name).L, t)
-        return self.decoder(self.encoder(x)[0] @ L).sigmoid()
+        f = self._map(name)
+        if not hasattr(f, "L"):
+            raise ValueError("only a matrix has powers: train without --latent-map")
+        return self.decoder(self.encoder(x)[0] @ matrix_power(f.L, t)).sigmoid()
 
-    def _named(self, view):  # "a^2+b": the maps of a, a, b
-        parts = [part.partition("^") for part in view.split("+") if part != "orig"]
-        return [self._map(name) for name, _, n in parts for _ in range(int(n or 1))]
+    def _named(self, view):  # "a^2+b": the maps of a and b, each with its exponent
+        found = []
+        for part in view.split("+") if view != "orig" else []:
+            power = re.fullmatch(r"(.+?)(\^(-?\d+))?", part)
+            found.append((self._map(power[1]), int(power[3] or 1)))
+        return found
 
     def _map(self, name):
         if name not in self.augs:
             raise ValueError(f"this model has no {name!r}: choose from {', '.join(self.augs)}")
         return self.maps[self.augs.index(name)]
+
+
+def in_blocks(images: Tensor | np.ndarray, encoder: Encoder) -> list[Tensor]:
+    """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype.
+    Raises TypeError: the array has a mask."""
+    if np.ma.isMA(images):
+        raise TypeError("a mask is not looked at: give a plain array")
+    images = torch.as_tensor(images, device=encoder.device)
+    return [pixels(block, encoder.dtype) for block in images.split(BLOCK)]
 
 
 BLOCK = 250  # images at a time: few enough for the processor's caches
@@ -427,10 +445,14 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     (an eigenvalue near -1) has no real power of its own. Two of them together span a plane, which
     L^t rotates by pi t, so that they keep their length. If their number is odd, the last one is
     scaled by 1 - 2 t. Then (L^(1/2))^2 is not L; no real matrix has the square L in this case.
+
+    Raises ValueError: L has no full set of eigenvectors, like [[1, 1], [0, 1]].
     """
     M = L.cpu().double()
     values, vectors = torch.linalg.eig(M)
-    back = torch.linalg.inv(vectors)
+    back = torch.linalg.inv_ex(vectors).inverse
+    if not torch.allclose((vectors * values @ back).real, M, atol=1e-6):
+        raise ValueError("this matrix has no full set of eigenvectors, so its powers are not known")
     reverses = values.angle().abs() > 0.75 * math.pi  # learnt eigenvalues are only near -1
     power = (vectors * torch.where(reverses, 0, values**t) @ back).real
     if n := int(reverses.sum()):
@@ -545,13 +567,11 @@ class CVAE(nn.Module):
         )
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
-        self.stage1_views, conditions = list(range(n)), torch.eye(n)
-        if self.paired:
-            self.stage1_views = original_and_singles(range(n))
-            conditions = torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1
-        elif condition == "digit":
-            conditions = torch.zeros(n, 0)
-        self.register_buffer("view_conditions", conditions.float())  # a row for each view
+        self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
+        bits = torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1
+        one_hot = torch.eye(n)
+        told = {"view": one_hot, "both": one_hot, "digit": one_hot[:, :0], "paired": bits}
+        self.register_buffer("view_conditions", told[condition].float())  # a row for each view
         width = self.view_conditions.shape[1]
         if self.by_digit:
             width += classes
@@ -585,12 +605,9 @@ class CVAE(nn.Module):
         self, images: Tensor | np.ndarray, view: int = 0, labels: Tensor | np.ndarray | None = None
     ) -> Tensor:
         """E(x): uint8 images (N, 28, 28), all of one view, to means (N, latent_dim)."""
-        images = torch.as_tensor(images, device=self.encoder.device)
         conditions = self.conditions([view], len(images), labels).split(BLOCK)
-        means = []
-        for block, condition in zip(images.split(BLOCK), conditions):
-            means.append(self.encoder(pixels(block, self.encoder.dtype), condition)[0])
-        return torch.cat(means)
+        pairs = zip(in_blocks(images, self.encoder), conditions)
+        return torch.cat([self.encoder(block, condition)[0] for block, condition in pairs])
 
     def to_view(self, z: Tensor, view: int, labels: Tensor | None = None) -> Tensor:
         """What the decoder must be given to draw a view: latents (N, latent_dim) and condition."""
@@ -617,23 +634,22 @@ def write(content: dict, path: str | Path) -> None:
 def read(path: str | Path) -> dict:
     """Read what `write` wrote. Only tensors and plain data are read: no code in the file can run.
 
-    Raises OSError; ValueError: the file is damaged, or something else.
+    Raises OSError: the file is missing, damaged, or something else.
     """
     data = io.BytesIO(Path(path).read_bytes())
     try:
         with zipfile.ZipFile(data) as file:
-            damaged = file.testzip()  # compares the content of each part with its checksum
+            if file.testzip():  # compares the content of each part with its checksum
+                raise ValueError("a part has another checksum")
         data.seek(0)
-        content = None if damaged else torch.load(data, map_location="cpu", weights_only=True)
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is damaged, or no file of train.py: train again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, or no file of train.py: train again")
-    return content
+        raise OSError(f"{path} is damaged, or no file of train.py: train again") from error
 
 
 def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
     """Write a model, and the settings that it was trained with. Raises OSError."""
+    model = getattr(model, "_orig_mod", model)  # that torch.compile was given
     content = {"class": type(model).__name__, "arguments": model.arguments, "settings": settings}
     write({**content, "tensors": model.state_dict()}, path)
 
@@ -641,13 +657,16 @@ def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
 def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
     """Load the model of a run folder, or of a model.pt, in eval mode on `device`.
 
-    Its weights have no gradients. `model.settings` has the settings of train.py. Raises:
-        FileNotFoundError: there is no such file, or no model.pt in the folder.
-        ValueError: the file is not a checkpoint of this program.
+    Its weights have no gradients. `model.settings` has the settings of train.py. Raises
+    FileNotFoundError: there is no such file, or no model.pt in the folder; OSError: the file is not
+    a checkpoint of this program.
     """
     path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: train a model with `python train.py`")
+        raise FileNotFoundError(
+            f"there is no {path}: train a model with `python train.py`, or go on with --resume if "
+            "there is a state.pt"
+        )
     checkpoint = read(path)
     try:
         kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
@@ -656,26 +675,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         model.to_empty(device="cpu").load_state_dict(checkpoint["tensors"])
         model.settings = dict(checkpoint["settings"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is of another version of this program: train again") from error
+        raise OSError(f"{path} is of another version of this program: train again") from error
     return channels_last(model.requires_grad_(False).eval().to(device))
 
 
 def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
     """Store a model on a CPU in channels_last order: 1.5 times as fast, with the same results."""
-    if next(model.parameters()).device.type == "cpu":
+    if model.encoder.device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
     return model
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises ValueError: there is
-    no such device here."""
-    names = ["cpu"]
-    if torch.backends.mps.is_available():
-        names.insert(0, "mps")
-    if torch.cuda.is_available():
-        names.insert(0, "cuda")
+    """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises OSError: there is no
+    such device here."""
+    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    names += ["cpu"]
     if name not in ("auto", *names):
-        choices = ", ".join(["auto", *names])
-        raise ValueError(f"device {name!r} is not available here: choose from {choices}")
+        raise OSError(f"there is no device {name!r} here: choose from auto, {', '.join(names)}")
     return torch.device(names[0] if name == "auto" else name)

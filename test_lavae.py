@@ -245,6 +245,8 @@ def test_adabelief_has_manners():
     steps(net, optimizer, 1)
     changed = [not torch.equal(a, b) for a, b in zip(before, net.parameters())]
     assert changed == [False, False, True, True]
+    with pytest.raises(ValueError, match="another optimiser"):
+        optimizer.load_state_dict(torch.optim.Adam(first).state_dict())
     for wrong in (dict(lr=math.nan), dict(betas=(1.0, 0.9)), dict(eps=1e-46)):
         with pytest.raises(ValueError):
             adabelief.AdaBelief(first, **wrong)
@@ -394,39 +396,26 @@ def test_blur_edges_and_miniature_against_libraries(digits):
     same = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], float)
     other = np.random.default_rng(0).integers(0, 256, (20, 17, 40), dtype=np.uint8)
 
-    def error(ours, f, images):
-        return np.abs(ours.astype(float) - np.stack([f(x) for x in images])).max()
+    def blur(x):
+        return ndimage.gaussian_filter(x.astype(float), 1, mode="mirror", radius=3)
 
-    for x in (digits, other):
-        assert (
-            error(
-                augment.gaussian_blur(x),
-                lambda i: ndimage.gaussian_filter(i.astype(float), 1, mode="mirror", radius=3),
-                x,
-            )
-            <= 0.501
-        )
-        for alpha in (1.0, 0.4):
-            assert (
-                error(
-                    augment.edge_detect(x, alpha),
-                    lambda i: cv2.filter2D(i, -1, alpha * kernel + (1 - alpha) * same),
-                    x,
-                )
-                <= 1
-            )
-        mini = augment.mini_image(x)
-        assert (
-            error(
-                mini[:, :8, :8],
-                lambda i: np.asarray(
-                    Image.fromarray(i).resize((8, 8), Image.Resampling.BILINEAR), float
-                ),
-                x,
-            )
-            <= 1
-        )
-        assert np.array_equal(mini[:, 8:], x[:, 8:]) and np.array_equal(mini[:, :, 8:], x[:, :, 8:])
+    def edges(x, alpha=1.0):
+        return cv2.filter2D(x, -1, alpha * kernel + (1 - alpha) * same)
+
+    def mini(x):
+        out, small = x.copy(), Image.fromarray(x).resize((8, 8), Image.Resampling.BILINEAR)
+        out[:8, :8] = small
+        return out
+
+    for ours, theirs, most in (
+        (augment.gaussian_blur, blur, 0.501),
+        (augment.edge_detect, edges, 1),
+        (lambda x: augment.edge_detect(x, 0.4), lambda x: edges(x, 0.4), 1),
+        (augment.mini_image, mini, 1),
+    ):
+        for images in (digits, other):
+            expected = np.stack([theirs(x) for x in images])
+            assert np.abs(ours(images).astype(float) - expected).max() <= most
 
 
 def test_noises_have_their_place_and_their_moments(data):
@@ -540,19 +529,6 @@ def test_sample_has_the_posteriors_mean_and_variance():
     )
 
 
-def test_the_papers_architecture():
-    model = LAVAE(transfers=[["shear_x", "canny"]])
-    count = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
-    conv = 64 * 16 + 64 + 128 * 64 * 16 + 128
-    assert count["encoder"] == conv + 128 * 49 * 32 + 32
-    assert count["decoder"] == 16 * 128 * 49 + 128 * 49 + 128 * 64 * 16 + 64 + 64 * 16 + 1
-    assert count["maps"] == 2 * 16 * 16
-    mu, logvar = model.encoder(torch.rand(3, 28, 28))
-    assert mu.shape == logvar.shape == (3, 16)
-    for decoder in (model.decoder, model.heads["shear_x+canny"]):
-        assert decoder(mu).shape == (3, 28, 28)
-
-
 def test_a_gated_layer_multiplies():
     """(z A + a) * gelu(z B + b), where gelu(x) is x times the normal distribution's Phi(x)."""
     torch.manual_seed(0)
@@ -648,21 +624,14 @@ def test_the_equivariance_losss_gradient_is_that_of_the_constrained_minimum(know
 
 
 def test_a_map_is_asked_to_do_the_same_to_every_view_that_it_comes_after(known_maps):
-    generator = torch.Generator().manual_seed(0)
+    generator, orders = torch.Generator().manual_seed(0), [2, 4]
     (half, _), (quarter, _) = known_maps[0], known_maps[2]
-    z = torch.stack(
-        augment.views(
-            torch.randn(40, 8, generator=generator, dtype=torch.double),
-            [lambda z: z @ half, lambda z: z @ quarter],
-        )
-    )
-    orders = [2, 4]
+    z = torch.randn(40, 8, generator=generator, dtype=torch.double)
+    z = torch.stack(augment.views(z, [lambda z: z @ half, lambda z: z @ quarter]))
     assert lavae.equivariance_loss(z, orders) < 1e-6
     z[3] = z[1] @ quarter.T  # what is mirrored turns the other way: no pair of originals says so
-    assert (
-        lavae.equivariance_loss(z, orders) > 0.1
-        and lavae.equivariance_loss(z[:3], orders[:1]) < 1e-6
-    )
+    assert lavae.equivariance_loss(z, orders) > 0.1
+    assert lavae.equivariance_loss(z[:3], orders[:1]) < 1e-6
     latents, run = torch.randn(4, 40, 16, generator=generator, requires_grad=True), options()
     model = LAVAE(["flip_lr", "rotate_cw"], filters=1, orders=orders)
     train.latent_loss(model, latents, run).backward()
@@ -771,60 +740,53 @@ def test_everything_has_the_dtype_of_the_weights(run, digits):
 
 
 def test_checkpoint_round_trip(run, tmp_path):
-    out, model = run
-    lavae.save(model, tmp_path / "model.pt", model.settings)
+    model = run[1]
+    lavae.save(torch.compile(model), tmp_path / "model.pt", model.settings)
     again = lavae.load(tmp_path / "model.pt")
     assert again.settings == model.settings and again.augs == ["flip_lr", "flip_ud"]
     assert again.orders == [2, 2] and again.arguments == model.arguments
     assert same_bits(again, model) and names_in(tmp_path) == ["model.pt"]
-    torch.load(out / "model.pt", weights_only=True)
 
 
 def test_a_map_has_real_powers():
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(8, 8, generator=generator, dtype=torch.double)
-    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.double)
+    generator, unit = torch.Generator().manual_seed(0), torch.eye(8).double()
+    basis = torch.randn(8, 8, generator=generator).double()
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
 
     def of(*parts):
         return basis @ torch.block_diag(*parts).double() @ torch.linalg.inv(basis)
 
-    even = of(-torch.eye(4), torch.eye(4))
+    even, odd = of(-torch.eye(4), torch.eye(4)), of(-torch.eye(3), torch.eye(5))
     nearly = even + 1e-3 * torch.randn(8, 8, generator=generator)
     rotation = of(turn, turn, torch.eye(2), -torch.eye(2))
-    odd = of(-torch.eye(3), torch.eye(5))
-    quarters = of(QUARTER, QUARTER, torch.diag(torch.tensor([1.0, 1, -1, -1])))
+    quarters = of(QUARTER, QUARTER, torch.eye(2), -torch.eye(2))
     for L in (even, nearly, rotation, odd, quarters):
-        assert torch.allclose(
-            lavae.matrix_power(L, 0.0), torch.eye(8, dtype=torch.double), atol=1e-8
-        )
-        assert torch.allclose(lavae.matrix_power(L, 1.0), L, atol=1e-8)
-        steps = torch.stack([lavae.matrix_power(L, t) for t in np.linspace(0, 1, 201)])
-        assert steps.diff(dim=0).abs().max() < 0.05 * steps.abs().max()  # continuous
-        half = lavae.matrix_power(L, 0.5)
-        error = torch.linalg.norm(half @ half - L) / torch.linalg.norm(L)
+        powers = torch.stack([lavae.matrix_power(L, t) for t in np.linspace(0, 1, 201)])
+        assert torch.allclose(powers[[0, -1]], torch.stack([unit, L]), atol=1e-8)
+        assert powers.diff(dim=0).abs().max() < 0.05 * powers.abs().max()  # continuous
+        error = torch.linalg.norm(powers[100] @ powers[100] - L) / torch.linalg.norm(L)
         assert (error < 1e-2) == (L is not odd), error  # three directions: one shrinks through zero
     assert torch.linalg.matrix_rank(lavae.matrix_power(odd, 0.5), rtol=1e-9) == 7
-    assert torch.allclose(
-        torch.linalg.matrix_power(lavae.matrix_power(quarters, 1 / 3), 3), quarters, atol=1e-8
-    )
-    basis = torch.linalg.qr(basis).Q  # from here on the maps keep lengths: so do their powers
-    for L in (of(-torch.eye(4), torch.eye(4)), of(turn, turn, torch.eye(2), -torch.eye(2))):
-        half = lavae.matrix_power(L, 0.5)
-        assert torch.allclose(half @ half.T, torch.eye(8, dtype=torch.double), atol=1e-8)
+    third = lavae.matrix_power(quarters, 1 / 3)
+    assert torch.allclose(third @ third @ third, quarters, atol=1e-8)
+    for L in (torch.ones(2, 2).triu(), torch.block_diag(QUARTER, torch.ones(3, 3).triu())):
+        with pytest.raises(ValueError, match="eigenvectors"):
+            lavae.matrix_power(L, 0.5)
+    basis = torch.linalg.qr(basis).Q  # where maps keep lengths, their powers do so, too
+    half = lavae.matrix_power(of(turn, turn, torch.eye(2), -torch.eye(2)), 0.5)
+    assert torch.allclose(half @ half.T, unit, atol=1e-8)
 
 
 def test_the_model_in_a_notebook(run, digits):
-    _, model = run
-    x = torch.from_numpy(digits[:7]) / 255
+    model, x = run[1], torch.from_numpy(digits[:7]) / 255
     z, (L1, L2) = model.encoder(x)[0], (latent_map.L for latent_map in model.maps)
-
-    def same(picture, z):
-        return torch.allclose(picture, model.decoder(z).sigmoid(), atol=1e-5)
-
-    assert same(model.augment(x), z) and same(model.augment(x, "flip_ud", "flip_lr"), z @ L2 @ L1)
-    assert same(model.convert(x, target="flip_lr+flip_ud"), z @ L1 @ L2)
-    assert same(model.convert(x, "flip_lr+flip_ud", "flip_lr"), z @ torch.linalg.inv(L1 @ L2) @ L1)
-    assert same(model.power(x, "flip_lr", 1.0), z @ L1) and same(model.power(x, "flip_ud", 0.0), z)
+    for picture, z_i in (
+        (model.augment(x), z),
+        (model.augment(x, "flip_ud", "flip_lr"), z @ L2 @ L1),
+        (model.power(x, "flip_lr", 1.0), z @ L1),
+        (model.power(x, "flip_ud", 0.0), z),
+    ):
+        assert torch.allclose(picture, model.decoder(z_i).sigmoid(), atol=1e-5)
     assert model.augment(x[:0], "flip_lr").shape == (0, 28, 28)
     with pytest.raises(ValueError, match="flip_lr, flip_ud"):
         model.augment(x, "canny")
@@ -846,11 +808,12 @@ def test_views_are_converted_as_they_are_named(digits):
         ("rotate_cw+rotate_cw", L1 @ L1),
         ("rotate_cw^2", L1 @ L1),
         ("rotate_cw^3+flip_lr", L1 @ L1 @ L1 @ L2),
+        ("flip_lr+rotate_cw^-2", L2 @ torch.linalg.inv(L1 @ L1)),
     ):
         assert torch.allclose(model.convert(x, target=view), drawn(L), atol=1e-4), view
         back = drawn(torch.linalg.inv(L) @ L2)
         assert torch.allclose(model.convert(x, view, "flip_lr"), back, atol=1e-3), view
-    for view in ("canny", "flip_lr+canny", "rotate_cw^x"):
+    for view in ("canny", "flip_lr+canny", "rotate_cw^x", "rotate_cw^1.5", "rotate_cw^"):
         with pytest.raises(ValueError):
             model.convert(x, target=view)
 
@@ -880,19 +843,13 @@ def test_stage2_without_involution_is_least_squares(run, digits):
         assert torch.allclose(L, expected, atol=1e-3)
 
 
-def test_stage2_finds_a_known_rotation_and_a_known_involution():
+def test_stage2_finds_a_known_involution():
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
-    signs = torch.tensor([1.0, -1, 1, -1, -1, 1])
-    turns = torch.tensor([0.3, 1.2, 2.5])
-    turn = torch.kron(turns.cos().diag(), torch.eye(2)) + torch.kron(turns.sin().diag(), -QUARTER)
-    rotation, involution = basis @ turn @ basis.T, basis @ torch.diag(signs) @ basis.T
-    z = torch.randn(5000, 6, generator=generator)
-    noise = 0.2 * torch.randn(5000, 6, generator=generator)
-    (L_rotation,) = maps_of(z, z @ rotation, involution_weight=0.0)
-    assert torch.allclose(L_rotation, rotation, atol=1e-3)
-    (plain,) = maps_of(z, 0.9 * z @ involution + noise, involution_weight=0.0)
-    (L,) = maps_of(z, 0.9 * z @ involution + noise, involution_weight=1.0)
+    involution = basis @ torch.block_diag(MIRROR, -MIRROR, MIRROR) @ basis.T
+    z, noise = torch.randn(2, 5000, 6, generator=generator)
+    (plain,) = maps_of(z, 0.9 * z @ involution + 0.2 * noise, involution_weight=0.0)
+    (L,) = maps_of(z, 0.9 * z @ involution + 0.2 * noise, involution_weight=1.0)
     assert lavae.order_error(L, 2) < 1e-3 < lavae.order_error(plain, 2)
     assert torch.allclose(L, involution, atol=0.05)
 
@@ -936,6 +893,8 @@ def test_the_order_of_each_map():
     words = ["--augs", "rotate_cw", "flip_lr", "canny", "--filters", "1"]
     assert train.build(options(*words)).orders == [4, 2, None]
     assert train.build(options(*words, "--paper-involution")).orders == [2, 2, 2]
+    for name, width in (("mlp", 8), ("mlp-wide", 256)):
+        assert train.build(options("--latent-map", name)).maps[0][0].out_features == width
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -970,7 +929,7 @@ def test_one_cycle_rises_and_falls():
 def test_a_short_run_learns_all_three_stages(run, data, digits):
     out, model = run
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["config"]["filters"] == 8 and metrics["seconds"] > 0
+    assert metrics["config"]["filters"] == 8
     assert metrics["made"]["torch"] == torch.__version__ and metrics["made"]["device"] == "cpu"
     assert [*metrics["history"]] == ["stage 1", "stage 2", "stage 3, shear_x+canny"]
     losses = [row["loss"] for row in metrics["history"]["stage 1"]]
@@ -1140,37 +1099,21 @@ def test_a_head_learns_to_draw_the_same_image(run, data):
         assert own < 0.95 * another
 
 
-def test_the_commands_in_readme_exist(tmp_path, monkeypatch):
+def test_the_commands_in_readme_exist():
     """Each command line that README names is accepted, and each option belongs to some program."""
-    monkeypatch.chdir(tmp_path)
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    # a line's end may lie in a short one
-    spans = [
-        span if "```" in span else " ".join(span.split())
-        for span in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)
-    ]
-    commands = [
-        shlex.split(command.replace("runs/seedN", "runs/seed0").replace("--seed N", "--seed 0"))
-        for span in spans
-        for command in re.findall(r"python ((?:train|evaluate|augment)\.py[^&#`\n]*)", span)
-    ]
+    text, known = (HERE / "README.md").read_text(encoding="utf-8"), set()
+    spans = re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)
+    spans = [span if "```" in span else " ".join(span.split()) for span in spans]
+    commands = re.findall(r"python ((?:train|evaluate|augment)\.py[^&#`\n]*)", "\n".join(spans))
     assert len(commands) > 15
-    parsers = {
-        "train.py": train.parser_of(),
-        "evaluate.py": evaluate.parser_of(),
-        "augment.py": augment.parser_of(),
-    }
-    for program, *words in [command for command in commands if "--help" not in command]:
-        if program == "train.py":
-            options(*words)
-        else:
-            parsers[program].parse_args(words)
-    known = {
-        option
-        for parser in parsers.values()
-        for action in parser._actions
-        for option in action.option_strings
-    }
+    parsers = {f"{module.__name__}.py": module.parser_of() for module in (train, evaluate, augment)}
+    for command in commands:
+        program, *words = shlex.split(command.replace("--seed N", "--seed 0"))
+        if "--help" not in words:
+            found = parsers[program].parse_args(words)
+            assert program != "train.py" or train.resolve(found)
+    for parser in parsers.values():
+        known |= {option for action in parser._actions for option in action.option_strings}
     for span in spans:
         if not span.startswith(("`python -m", "```")):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)) <= known, span
@@ -1188,28 +1131,14 @@ def test_the_workflow_runs_readmes_commands():
         assert word in workflow
 
 
-RUNGS = [  # from the paper's method to ours, and what each rung adds
-    ("--as-published", ""),
-    ("--as-published --recipe ours", "lr recipe batch_size"),
-    ("--equivariance-weight 0 --head plain", "paper_involution"),
-    ("--head plain", "equivariance_weight"),
-    ("", "head"),
-]
-
-
-def test_each_rung_of_the_ladder_differs_in_what_it_names():
-    rungs = [train.settings_of(options(*words.split())) for words, _ in RUNGS]
-    for before, after, (_, names) in zip(rungs, rungs[1:], RUNGS[1:]):
-        assert {key for key in after if after[key] != before[key]} == set(names.split())
+def test_as_published_is_what_its_help_says():
     named = "--recipe published --equivariance-weight 0 --paper-involution --head plain"
-    assert train.settings_of(options(*named.split())) == rungs[0]
-    assert options("--as-published", "--lr", "0.1").lr == 0.1
+    published = train.settings_of(options("--as-published"))
+    assert train.settings_of(options(*named.split())) == published
     wide = train.settings_of(options("--preset", "paper"))
-    assert {key for key in wide if wide[key] != rungs[0][key]} == {
-        "filters",
-        "epochs",
-        "transfer_epochs",
-    }
+    changed = {key for key in wide if wide[key] != published[key]}
+    assert changed == {"filters", "epochs", "transfer_epochs"}
+    assert options("--as-published", "--lr", "0.1").lr == 0.1
 
 
 def test_the_published_model_has_the_papers_parameters_and_no_others():
@@ -1313,6 +1242,9 @@ def test_identity_counts_the_pictures_that_find_their_own_image(digits):
 
     nats, identity = evaluate.score(Decoder(), torch.arange(60.0)[:, None], digits[:60])
     assert identity == pytest.approx(40 / 60)
+    twice = torch.cat([torch.arange(60.0)] * 2)[:, None]  # equal images are hits, too
+    again = evaluate.score(Decoder(), twice, np.concatenate([digits[:60]] * 2))
+    assert again == pytest.approx((nats, identity))
     assert nats == evaluate.nats(Decoder(), torch.arange(60.0)[:, None], images)
 
 
@@ -1321,35 +1253,24 @@ def test_joint_eigenspaces_are_counted():
     signs = torch.tensor([[1, 1, 1, 1, 1, 1, -1, -1, -1, -1], [1, 1, 1, -1, -1, -1, -1, 1, -1, -1]])
     basis = torch.randn(10, 10, generator=generator, dtype=torch.double)  # oblique: not orthogonal
     maps = [basis @ torch.diag(s.double()) @ torch.linalg.inv(basis) for s in signs]
-    assert evaluate.pattern_counts(maps) == {"++": 3, "+-": 3, "-+": 1, "--": 3}
     model = lavae_with(["flip_lr", "flip_ud"], *maps)
     group = evaluate.group(model)
     assert group["directions"] == {"++": 3, "+-": 3, "-+": 1, "--": 3}
-    assert max(f.order_error(2) for f in model.maps) < 1e-4
     assert np.allclose(group["eigenvalues"]["flip_lr"], [[-1, 0]] * 4 + [[1, 0]] * 6, atol=1e-3)
     model.maps[1].L.copy_(torch.block_diag(*[QUARTER] * 5))
     assert evaluate.group(model)["directions"] is None
-    assert model.maps[1].order_error(2).item() == pytest.approx(40)
 
 
 def test_the_group_that_augmentations_generate():
-    assert [*evaluate.elements(["flip_lr", "flip_ud"])] == [
-        "orig",
-        "flip_ud",
-        "flip_lr",
-        "flip_lr+flip_ud",
-    ]
+    flips = [*evaluate.elements(["flip_lr", "flip_ud"])]
+    assert flips == ["orig", "flip_ud", "flip_lr", "flip_lr+flip_ud"]
     dihedral = evaluate.elements(["rotate_cw", "flip_lr"])
     assert set(augment.view_names(["rotate_cw", "flip_lr"])) < set(dihedral) and len(dihedral) == 8
     assert dihedral["rotate_cw^3+flip_lr"] == (3, 1)
     three = ["flip_lr", "flip_ud", "rotate_cw"]
     assert set(evaluate.elements(three)) == set(augment.view_names(three))
-    assert [*evaluate.elements(["rotate_cw", "rotate_ccw"])] == [
-        "orig",
-        "rotate_ccw",
-        "rotate_cw",
-        "rotate_ccw^2",
-    ]
+    turns = [*evaluate.elements(["rotate_cw", "rotate_ccw"])]
+    assert turns == ["orig", "rotate_ccw", "rotate_cw", "rotate_ccw^2"]
     assert evaluate.elements(["flip_lr", "canny"]) == {}
     model = lavae_with(["rotate_cw", "flip_lr"], QUARTER, MIRROR)
     assert evaluate.group(model)["directions"] is None
@@ -1424,15 +1345,12 @@ def test_half_way_says_how_long_codes_are_and_how_far_from_what_they_draw():
         encoder = staticmethod(lambda p: (1.25 * p.logit(), None))
 
     z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    told = evaluate.half_way(Mirror, torch.diag(torch.tensor([-1.0, -1, 1, 1])), z)
-    assert told["length"] == pytest.approx(1, abs=1e-5) and told["re-encoded"] == pytest.approx(
-        0.25, abs=1e-3
-    )
+    told = evaluate.half_way(Mirror, torch.block_diag(-torch.eye(2), torch.eye(2)), z)
+    assert told == pytest.approx({"length": 1, "re-encoded": 0.25}, abs=1e-3)
     # alone it shrinks through zero
-    told = evaluate.half_way(Mirror, torch.diag(torch.tensor([1.0, 1, 1, -1])), z)
-    assert told["length"] == pytest.approx(
-        (z[:, :3].norm(dim=1) / z.norm(dim=1)).mean().item(), abs=1e-5
-    )
+    told = evaluate.half_way(Mirror, torch.block_diag(torch.eye(2), MIRROR), z)
+    kept = (z[:, :3].norm(dim=1) / z.norm(dim=1)).mean().item()
+    assert told["length"] == pytest.approx(kept, abs=1e-5)
 
 
 def cloud_of(run, digits):
@@ -1456,21 +1374,19 @@ def test_pca_is_scikit_learns(run, digits):
 def test_ica_is_scikit_learns(digits):
     from sklearn.decomposition import PCA, FastICA
 
-    # from any start to one optimum
     cloud = PCA(16).fit_transform(digits[:300].reshape(300, -1) / 255)
     rng = np.random.default_rng(0)
-    sources = np.stack(
-        [rng.uniform(-1, 1, 2000), np.sign(rng.standard_normal(2000)), rng.laplace(size=2000)], 1
-    )
+    uniform, signs = rng.uniform(-1, 1, 2000), np.sign(rng.standard_normal(2000))
+    sources = np.stack([uniform, signs, rng.laplace(size=2000)], 1)
     mixed = sources @ rng.standard_normal((3, 3))
-    for x, k, truth in ((mixed, 3, sources), (cloud, 2, None)):
-        ours = evaluate.fast_ica(x, k)
-        theirs = FastICA(
-            k, whiten="unit-variance", random_state=0, tol=1e-10, max_iter=1000
-        ).fit_transform(x)
-        for reference in (theirs, truth) if truth is not None else (theirs,):
-            correlation = np.abs(np.corrcoef(ours.T, reference.T)[:k, k:])
-            assert (correlation.max(1) > 0.99).all() and len(set(correlation.argmax(1))) == k
+    ica = functools.partial(FastICA, whiten="unit-variance", random_state=0, tol=1e-10)
+    for x, k, reference in (
+        (mixed, 3, sources),
+        (mixed, 3, ica(3).fit_transform(mixed)),
+        (cloud, 2, ica(2, max_iter=1000).fit_transform(cloud)),  # from any start to one optimum
+    ):
+        correlation = np.abs(np.corrcoef(evaluate.fast_ica(x, k).T, reference.T)[:k, k:])
+        assert (correlation.max(1) > 0.99).all() and len(set(correlation.argmax(1))) == k
 
 
 @pytest.mark.parametrize("n, clouds", [(40, 6), pytest.param(500, 1, marks=slow)])
@@ -1491,28 +1407,6 @@ def test_tsne_is_as_good_as_scikit_learns(n, clouds, run, digits):
             found.append(trustworthiness(x, y, n_neighbors=12))
     print(f"trustworthiness {np.mean(ours):.4f}, scikit-learn's {np.mean(theirs):.4f}")
     assert np.mean(ours) > np.mean(theirs) - 0.01 and np.mean(ours) > 0.9
-
-
-@slow
-def test_a_cyclic_shift_of_order_4(tmp_path, monkeypatch):
-    """Not one of the eleven: by 7 of 28 pixels to the side. Both views within 3% of direct."""
-    monkeypatch.setitem(augment.AUGMENTATIONS, "roll", lambda x: np.roll(x, 7, axis=2))
-    monkeypatch.setitem(augment.ORDERS, "roll", 4)
-    words = "--preset quick --augs roll --no-transfer --out"
-    row = evaluate.measure(train.main([*words.split(), str(tmp_path)]), augment.load_images())
-    assert all(row[name] < 1.03 * row["direct"][name] for name in ("orig", "roll")), row
-
-
-@slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_three_augmentations_find_their_maps(seed, tmp_path):
-    """All latents stay at zero where the prior has its full weight from the start: it did for seed
-    1."""
-    words = f"--preset quick --augs flip_lr flip_ud rotate_cw --seed {seed} --no-transfer --out"
-    model = train.main([*words.split(), str(tmp_path)])
-    row = evaluate.measure(model, augment.load_images())
-    assert row["total"] < 750
-    assert all(row[name] < 1.08 * nats for name, nats in row["direct"].items()), row
 
 
 # ---------------------------------------------------------------- pictures and photos
@@ -1558,40 +1452,28 @@ STROKES = {  # of a pen, through these points in a box of 7x10, y downwards
     5: ["2.5,0.3 1.8,4.5 5,4 8.2,6 7.5,8.8 4,10 1,9", "2.5,0.2 8.5,0"],
     7: ["1,0.5 8.5,0 6,4 4,10", "3,5 7.5,4.7"],
 }
+SHADES = {"shade 35%": 0.35, "shade 60%": 0.6}
 PHOTOS = ("shade 35%", "shade 60%", "ruled paper", "thin pen", "grain", "off-centre")
 
 
 def photo(digit, kind, rng):
     """A photo of a digit on paper, 480x640: its light, its lines, its pen, its noise, its place."""
-    at, tall, pen = (
-        ((330, 430), 160, 13)
-        if kind == "off-centre"
-        else ((150, 190), 270, 4 if kind == "thin pen" else 20)
-    )
-    ink = Image.new("L", (960, 1280))
+    x0, y0, tall = (330, 430, 160) if kind == "off-centre" else (150, 190, 270)
+    pen, ink = 8 if kind == "thin pen" else 26, Image.new("L", (960, 1280))
     for stroke in STROKES[digit]:
         points = []
         for point in stroke.split():
             x, y = map(float, point.split(","))
-            points.append((2 * at[0] + 0.14 * tall * x, 2 * at[1] + 0.2 * tall * y))
+            points.append((2 * x0 + 0.14 * tall * x, 2 * y0 + 0.2 * tall * y))
         ImageDraw.Draw(ink).line(points, 255, 2 * pen, "curve")
-        for x, y in points:
-            ImageDraw.Draw(ink).ellipse((x - pen, y - pen, x + pen, y + pen), 255)
     ink = np.asarray(ink.resize((480, 640), Image.Resampling.BOX)) / 255
-    if kind == "clean":
-        return Image.fromarray((255 - 255 * ink).astype(np.uint8))
     y, x = np.mgrid[:640, :480]
     paper = np.where((y + 0.02 * x) % 42 < 2, 150.0, 228.0) if kind == "ruled paper" else 228.0
     page = paper * (1 - ink) + 55 * ink
-    page *= (
-        1
-        - {"shade 35%": 0.35, "shade 60%": 0.6}.get(kind, 0)
-        * (0.5 * x / 480 + 0.5 * y / 640) ** 1.3
-    )
-    page = cv2.GaussianBlur(page, (0, 0), 1) + rng.normal(
-        0, 16 if kind == "grain" else 3, page.shape
-    )
-    return Image.fromarray(page.clip(0, 255).astype(np.uint8)).convert("RGB")
+    page *= 1 - SHADES.get(kind, 0) * (x / 960 + y / 1280) ** 1.3
+    page = cv2.GaussianBlur(page, (0, 0), 1)
+    page += rng.normal(0, {"clean": 0, "grain": 16}.get(kind, 3), page.shape)
+    return Image.fromarray(page.clip(0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("chosen, least", [([5], 6), pytest.param([*STROKES], 27, marks=slow)])
@@ -1784,7 +1666,8 @@ REFUSED = """--augs flip_lr flop|flop, flip_ud, canny
 --augs flip_lr flip_lr|each once
 --transfer canny canny|each once
 --epochs -1|--epochs, from 1
---epochs many|--epochs, from 1
+--epochs many|--epochs, int, many
+--out |empty path
 --lr nan|--lr, from
 --kl-weight -2|--kl-weight, from 0
 --filters 513|--filters, from 1 to 512
@@ -1806,7 +1689,7 @@ REFUSED = """--augs flip_lr flop|flop, flip_ud, canny
 def test_train_refuses(line, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words, said = line.split("|")
-    argv = [*words.split(), "--out", tmp_path / "out"]
+    argv = ["--out", tmp_path / "out", *words.split(" ")]
     refused(train.main, argv, *said.split(", "))
     assert not (tmp_path / "out").exists()
 
@@ -1825,17 +1708,10 @@ def own_data(path, data, kind="keras", classes=10, n=400, **changes):
         y, y_test = np.arange(n) % classes, np.arange(n) % classes
     content = dict(x_train=x, y_train=y, x_test=x_test, y_test=y_test)
     if kind == "medmnist":
-        content = dict(
-            train_images=x,
-            train_labels=y[:, None],
-            val_images=x[:3],
-            val_labels=y[:3, None],
-            test_images=x_test,
-            test_labels=y_test[:, None],
-        )
-    np.savez(
-        path, **{key: value for key, value in (content | changes).items() if value is not None}
-    )
+        content = dict(train_images=x, train_labels=y[:, None], val_images=x[:3])
+        content |= dict(test_images=x_test, test_labels=y_test[:, None])
+    content |= changes
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
     return str(path)
 
 
@@ -1848,16 +1724,13 @@ def test_data_of_ones_own(kind, classes, data, no_figures, tmp_path, monkeypatch
     small(out, f"{words} --no-transfer")
     total = evaluated(out)["total"]
     text = capsys.readouterr().out
-    assert "297.10" not in text and "  paper" not in text and "own.npz" in text
+    assert "  paper" not in text and "own.npz" in text
     digit = f"{words} --model cvae --condition both"
     if kind == "no labels":
         refused(train.main, asked(tmp_path / "cvae", digit), "--condition both", "no labels")
     else:
         assert small(tmp_path / "cvae", digit).classes == classes
         assert evaluated(tmp_path / "cvae")["total"] > 0
-    runs, _ = evaluate.load_runs(evaluate.parser_of().parse_args([str(out)]))
-    names = [str(label) for label in range(classes)][:10]
-    assert runs[0].columns == ([""] * 10 if kind == "no labels" else names)
     (tmp_path / "moved").mkdir()
     os.rename(path, tmp_path / "moved" / "own.npz")
     refused(evaluate.main, [out], "own.npz", "--data-dir")
@@ -1876,7 +1749,7 @@ def test_data_of_ones_own_that_is_none(data, tmp_path):
     for said, changes in (
         ("x_train", dict(x_train=x / 255)),
         ("x_train", dict(x_train=x[:, :20])),
-        ("x_test", dict(x_test=x[:199])),
+        ("x_test", dict(x_test=x[:0])),
         ("x_train", dict(x_train=x[..., None])),
         ("x_test", dict(x_test=None)),
         ("y_train", dict(y_train=y[:9])),
@@ -1902,12 +1775,7 @@ def test_half_a_data_set_is_one_line(tmp_path, monkeypatch):
     raw, out = tmp_path / "FashionMNIST" / "raw", tmp_path / "run"
     raw.mkdir(parents=True)
     words = ["--dataset", "fashion_mnist", "--data-dir", tmp_path, "--out", out]
-    for content in (
-        b"",
-        b"<html><body>404</body></html>",
-        b"\0\0\x08\x03",
-        b"\0\0\x08\x03" + b"\0" * 99,
-    ):
+    for content in (b"", b"<html><body>404</body></html>", b"\0\0\x08\x03" + b"\0" * 99):
         for kind in ("images-idx3", "labels-idx1"):
             for part in ("train", "t10k"):
                 (raw / f"{part}-{kind}-ubyte").write_bytes(content)
@@ -1986,6 +1854,128 @@ def test_a_failed_allocation_is_one_line(error, run, small_data, tmp_path, monke
         evaluate.main([str(run[0])])
 
 
+# ---------------------------------------------------------------- odd data, folders and words
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "evaluation.json"])
+def test_files_of_others_are_kept(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    for words in ("", "--overwrite", "--resume"):
+        refused(train.main, asked(tmp_path, words), str(tmp_path))
+    assert names_in(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
+    assert options("--out", "~/x").out == Path.home() / "x"
+    refused(evaluate.main, [""], "empty path")
+
+
+@pytest.mark.parametrize("name", ["measure", "sampling", "fig5_recursion", "reconstructions"])
+def test_sorted_data_are_seen_evenly(name, one, monkeypatch):
+    """Of 30,000 black images and 10,000 white ones after them, no figure sees the first alone."""
+    x, seen = np.zeros((40_000, 28, 28), np.uint8), []
+    x[30_000:] = 255
+    test, y = x[::40], np.arange(1000) % 10
+    one.data = x, y.repeat(40), test, y
+    whole = LAVAE.encode
+
+    def encode(self, images):
+        seen.append(images.mean())
+        return whole(self, images[:50])
+
+    monkeypatch.setattr(LAVAE, "encode", encode)
+    monkeypatch.setattr(evaluate, "decoded", lambda *_: ([], torch.zeros(50)))
+    monkeypatch.setattr(evaluate, "score", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(evaluate, "nats", lambda *_: 0.0)
+    if name == "measure":
+        evaluate.measure(one.model, one.data)
+    else:
+        evaluate.FIGURES[name](one)
+    assert any(abs(mean - 255 / 4) < 1 for mean in seen), seen
+    assert len(augment.evenly(test, 5000)) == 1000
+
+
+@pytest.mark.parametrize("classes", [1, 3, 12])
+def test_any_number_of_classes(classes, data, trained, tmp_path, monkeypatch):
+    """60 test images, gaps in the labels, and torch's other default dtype: all figures are drawn."""
+    monkeypatch.setattr(evaluate, "tsne", lambda x: x[:, :2])  # tested elsewhere
+    labels = np.arange(60) % classes * 5
+    path = own_data(tmp_path / "own.npz", data, n=60, y_train=labels, y_test=labels)
+    out = shutil.copytree(trained(""), tmp_path / "run")
+    options = evaluate.parser_of().parse_args([])
+    run = evaluate.run_of(out, lavae.load(out), augment.load_npz(path), options)
+    assert [*run.columns] == [str(label) for label in np.unique(labels)[:10]]
+    torch.set_default_dtype(torch.float64)
+    try:
+        missing = evaluate.draw_figures(run, evaluate.FIGURES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(missing) == 4 and all(" needs " in line for line in missing), missing
+
+
+def test_arrays_that_are_no_images(run, digits):
+    model, cvae = run[1], CVAE(filters=1)
+    masked = np.ma.masked_array(digits[:3], digits[:3] > 9)
+    for wrong in (digits[:3] / 255, digits[:3].astype(int), np.pad(digits[:3], 1), masked):
+        for encode in (model.encode, cvae.encode):
+            with pytest.raises((TypeError, ValueError), match="uint8|mask"):
+                encode(wrong)
+    with pytest.raises(TypeError, match="uint8"):
+        augment.flip_lr(masked)
+
+
+@pytest.mark.parametrize("word", ["latent_map", "head", "entry", "condition"])
+def test_words_that_a_model_does_not_know(word):
+    with pytest.raises((KeyError, ValueError)):
+        (CVAE if word == "condition" else LAVAE)(**{word: "Gated"})
+    with pytest.raises(ValueError, match="matrix"):
+        LAVAE(latent_map="mlp").power(torch.zeros(1, 28, 28), "flip_lr", 0.5)
+
+
+def test_labels_and_names_of_others(data, tmp_path):
+    out, path, y = tmp_path / "run", tmp_path / "own.npz", np.arange(200) % 10
+    own_data(path, data, n=200, y_train=y, y_test=y + 2)
+    small(out, f"--model cvae --condition digit --epochs 1 --dataset {path}")
+    refused(evaluate.main, [out], str(out), "label 11", "above 9")
+    for there in ({"X_train": y}, {"images": y, "labels": y}):
+        np.savez(path, **there)
+        refused(
+            train.main, asked(tmp_path / "a", f"--dataset {path}"), "own.npz", *there, "x_train"
+        )
+    np.save(tmp_path / "x.npy", y)
+    os.replace(tmp_path / "x.npy", path)
+    refused(train.main, asked(tmp_path / "a", f"--dataset {path}"), "own.npz", "whole .npz")
+    own_data(path, data, n=30)
+    refused(train.main, asked(tmp_path / "a", f"--dataset {path}"), "30 images", "--latent-dim")
+    own_data(path, data, n=200)
+    assert len(augment.load_images(r"D:\data\own.npz", tmp_path)[0]) == 200
+    assert names_in(tmp_path) == ["own.npz", "run"]
+
+
+def test_bugs_keep_their_traceback(run, tmp_path, no_figures, monkeypatch, capsys):
+    out = shutil.copytree(run[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="a bug"), augment.one_line_errors(evaluate.parser_of()):
+        raise ValueError("a bug")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "link.py"))
+    (tmp_path / "link.py").symlink_to(HERE / "evaluate.py")
+    figures = {"bug": failing(ValueError("a bug")), "page": evaluate.page}
+    monkeypatch.setattr(evaluate, "FIGURES", figures | {"late": evaluate.traversals})
+    with pytest.raises(SystemExit):
+        evaluate.main([str(out), "--only", "bug", "page", "late"])
+    assert "Traceback" in (said := capsys.readouterr().err) and "bug a bug" in said
+    assert {"page.html", "late.png"} <= {*names_in(out)}
+    monkeypatch.setattr(evaluate, "save", failing(OSError(errno.ENOSPC, "No space left on device")))
+    refused(evaluate.main, [out, "--only", "late"], "written: No space", "make room")
+    refused(evaluate.main, [out / "best.pt"], "best.pt")
+    (out / "model.pt").rename(out / "state.pt")
+    refused(evaluate.main, [out], "--resume")
+
+
+def test_a_module_that_was_loaded_again(run, data):
+    spec = importlib.util.spec_from_file_location("again", HERE / "lavae.py")
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert evaluate.measure(again.load(run[0]), few(data))["group"]
+    assert np.isfinite(evaluate.tsne(np.ones((50, 3)), steps=5)).all()
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -2020,17 +2010,13 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(small_data, tmp_p
 
 
 def damage(path, rng, other):
-    """Write a damaged copy of a file's bytes to `path`: cut, flipped, emptied or another kind of
-    file."""
-    content, kind = bytearray(path.read_bytes()), rng.integers(4)
+    """Write a damaged copy of a file's bytes to `path`: cut, flipped, or another kind of file."""
+    content, kind = bytearray(path.read_bytes()), rng.integers(3)
     if kind == 0:
         content = content[: rng.integers(len(content))]
     elif kind == 1:
-        for i in rng.integers(len(content), size=rng.integers(1, 9)):
-            content[i] ^= rng.integers(1, 256)
-    else:
-        content = b"" if kind == 2 else other
-    path.write_bytes(content)
+        content[rng.integers(len(content))] ^= rng.integers(1, 256)
+    path.write_bytes(other if kind == 2 else content)
 
 
 @pytest.mark.parametrize("n", [12, pytest.param(200, marks=slow)])
@@ -2049,7 +2035,7 @@ def test_damage_is_noticed(n, run, tmp_path):
         try:
             found = lavae.read(tmp_path / "model.pt")["tensors"]
             assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-        except ValueError as error:
+        except OSError as error:
             assert "train again" in str(error)
 
 
@@ -2071,7 +2057,7 @@ def test_axes_begin_at_zero_with_round_ticks():
     for top in (0.1, 1.7, 99, 101, 236.4, 12345):
         ticks = evaluate.round_ticks(top)
         assert ticks[0] == 0 and ticks[-1] >= top > ticks[-2] and len(ticks) <= 7
-        assert float(f"{ticks[1]:.0e}") == pytest.approx(ticks[1]) and f"{ticks[1]:.0e}"[0] in "125"
+        assert f"{ticks[1]:.2e}"[:4] in ("1.00", "2.00", "5.00")
     points, side = np.array([[5, 5], [10, 10], [5, 10], [10, 5]]), 300
     page = evaluate.panel(side, [("a", points, "dots")], {"a": (255, 0, 0)}, True)
     red = np.argwhere((np.asarray(page) == (255, 0, 0)).all(2))
@@ -2127,6 +2113,19 @@ def test_a_gated_head_learns_at_half_the_learning_rate(head, peak, monkeypatch):
     z, images = torch.zeros(4, 9, 16), torch.zeros(4, 9, 28, 28, dtype=torch.uint8)
     train.stage3(train.build(run), ["shear_x", "canny"], z, images, run)
     assert rates == [peak]
+
+
+def test_the_seed_decides_weights_noise_and_order(small_data, tmp_path, monkeypatch):
+    seeds, sample = set(), lavae.sample
+    for seed in (3, 4):
+        with stopped(2), monkeypatch.context() as m:
+            m.setattr(
+                lavae, "sample", lambda *given: seeds.add(given[2].initial_seed()) or sample(*given)
+            )
+            small(tmp_path / str(seed), f"--seed {seed}")
+        batches = train.Batches(1, 9, options("--seed", str(seed)))
+        seeds |= {torch.initial_seed(), batches.shuffle.initial_seed()}
+    assert len(seeds) == 6
 
 
 def test_the_same_options_give_the_same_bits(trained, small_data, tmp_path):
@@ -2192,7 +2191,7 @@ def test_a_folder_that_holds_a_run_is_kept(trained, small_data, tmp_path, capsys
     refused(train.main, asked(out, "--seed 1"), "holds a run")
     refused(train.main, asked(out, "--resume"), "seed 1", "same options")
     small(out, "--seed 1 --resume")
-    assert 'now: python evaluate.py "' in capsys.readouterr().out  # the path has a blank
+    assert f'evaluate.py" "{out}"' in capsys.readouterr().out  # the path has a blank
     assert same_bits(lavae.load(out), lavae.load(trained("--seed 1")))
     assert names_in(out) == ["metrics.json", "model.pt", "notes.txt"]
 
@@ -2327,7 +2326,7 @@ def test_the_papers_numbers_are_mnists(no_figures, small_data, tmp_path, capsys)
     evaluated(tmp_path)
     text = capsys.readouterr().out
     assert "  paper" not in text and "297.10" not in text and "fashion_mnist" in text
-    assert {len(set(names)) for names in augment.CLASSES.values()} == {10}
+    assert {len(set(names.split())) for names in augment.CLASSES.values()} == {10}
 
 
 @pytest.fixture
@@ -2458,7 +2457,7 @@ def test_figure_10_projects_what_it_says(one, monkeypatch):
         monkeypatch.setattr(evaluate, name, lambda x: (seen.append(x), x[:, :2])[1])
     one.data = [part[:50] for part in one.data]
     _, panels, _ = evaluate.fig10_projections(one)
-    images = np.concatenate(augment.all_views(one.data[2][:50], one.augs))
+    images = np.concatenate(augment.all_views(one.data[2], one.augs))
     mapped = torch.cat([*formulas(one, one.data[2][:50]).values()][:4])
     for i in range(0, 9, 3):
         assert np.allclose(seen[i], images.reshape(200, -1) / 255)
@@ -2527,7 +2526,7 @@ def test_parts_of_a_flip(one):
 
 
 def test_pictures_of_the_decoder_alone(one):
-    decoder, x = one.model.decoder, one.data[2][100:140]
+    decoder, x = one.model.decoder, augment.evenly(one.data[2], 40)
     rows = [row for row in evaluate.reconstructions(one)[2] if row]
     assert np.array_equal(np.concatenate([pictures for _, pictures in rows[::2]]), x)
     ours = np.concatenate([pictures for _, pictures in rows[1::2]])

@@ -38,10 +38,12 @@ from augment import (
     DOWNLOADS,
     ORDERS,
     PAIRS,
+    Refused,
     all_views,
     load_images,
     new_parser,
     one_line_errors,
+    path_of,
     views,
 )
 from lavae import CVAE, LAVAE, bce, map_error, moments, order_error, original_and_singles, pixels
@@ -79,7 +81,7 @@ def stage1(
     shown = torch.tensor(model.stage1_views, device=images.device)
     noise = torch.Generator(images.device).manual_seed(run.seed + NOISE)
     equivariance = run.equivariance_weight and n_views > 1
-    single_views = run.recipe == "published" and isinstance(model, LAVAE)
+    single_views = run.recipe == "published" and hasattr(model, "maps")
 
     def losses_of(index, t):
         if single_views:  # index counts all images of the first view, then of the second, ..
@@ -344,7 +346,7 @@ NO_SETTINGS = ("preset", "as_published", "data_dir", "resume", "overwrite", "out
 
 def resolve(run: Namespace) -> Namespace:
     """Fill in what the preset, the recipe and the model decide. What a model does not have becomes
-    None. Raises ValueError: two options clash."""
+    None. Raises Refused: two options clash."""
     published = run.as_published or run.preset == "paper"
     defaults = AS_PUBLISHED if published else OURS
     defaults = PRESETS[run.preset] | RECIPES[run.recipe or defaults["recipe"]] | defaults
@@ -356,7 +358,8 @@ def resolve(run: Namespace) -> Namespace:
     if run.transfer == [["all"]]:
         run.transfer = PAIRS
     if run.model != "lavae":
-        run.transfer, run.joint, run.head, run.equivariance_weight = [], None, None, None
+        run.transfer = []
+        run.joint = run.head = run.equivariance_weight = None
     if run.model.startswith("cvae"):
         run.latent_map = run.involution_weight = run.paper_involution = None
     else:
@@ -367,16 +370,16 @@ def resolve(run: Namespace) -> Namespace:
     run.out = run.out or Path("runs", name)
 
     if len(run.augs) > 5:
-        raise ValueError("--augs: there are 2^K views of every image, so name five at most")
+        raise Refused("--augs: there are 2^K views of every image, so name five at most")
     for names in (run.augs, *run.transfer):
         if len(names) != len(run.augs) or len({*names}) < len(names):
-            raise ValueError(f"--transfer: name {len(run.augs)} augmentations, each once")
+            raise Refused(f"--transfer: name {len(run.augs)} augmentations, each once")
     if run.joint == "signs" and run.latent_map != "linear":
-        raise ValueError("--joint signs is a start for linear maps: leave --latent-map out")
+        raise Refused("--joint signs is a start for linear maps: leave --latent-map out")
     if run.joint and not run.equivariance_weight:
-        raise ValueError("--joint needs an --equivariance-weight above 0")
+        raise Refused("--joint needs an --equivariance-weight above 0")
     if run.recipe == "published" and run.equivariance_weight:
-        raise ValueError("--recipe published has single views: add --equivariance-weight 0")
+        raise Refused("--recipe published has single views: add --equivariance-weight 0")
     return run
 
 
@@ -396,7 +399,7 @@ def build(run: Namespace, classes: int = 10) -> LAVAE | CVAE:
         run.transfer,
         latent_map=run.latent_map,
         originals_only=run.model == "vae",
-        head=run.head,
+        head=run.head or "plain",
         orders=[2 if run.paper_involution else ORDERS.get(aug) for aug in run.augs],
         least_squares=run.paper_involution,
         joint=run.joint,
@@ -420,7 +423,7 @@ def train(
 
     x_train: uint8 (N, 28, 28). y_train: the digits, (N,), or None.
     """
-    settings, start, labels, history = settings_of(run), time.perf_counter(), None, {}
+    settings, labels, history = settings_of(run), None, {}
     print(f"{MODELS[run.model]}: {settings}")
     torch.manual_seed(run.seed)
     if run.condition in ("digit", "both"):
@@ -433,7 +436,7 @@ def train(
 
     images = view_tensor(x_train, run.augs, device)
     history["stage 1"] = stage1(model, images, labels, run, checkpoint)
-    if isinstance(model, LAVAE):
+    if hasattr(model, "maps"):
         latents = [model.encode(view) for view in original_and_singles(images)]
         del images  # a transfer has others
         if run.latent_map == "linear" and not run.joint:
@@ -443,14 +446,14 @@ def train(
         with torch.no_grad():
             z = torch.stack(views(latents[0], model.maps))
         for names in run.transfer:
-            wanted, stage = view_tensor(x_train, names, device), "stage 3, " + "+".join(names)
+            stage = f"stage 3, {'+'.join(names)}"
+            wanted = view_tensor(x_train, names, device)
             history[stage] = stage3(model, names, z, wanted, run, checkpoint)
-    seconds = time.perf_counter() - start
-    metrics = dict(config=settings, made=made_with(device), seconds=seconds, history=history)
+    metrics = dict(config=settings, made=made_with(device), history=history)
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     lavae.save(model, run.out / "model.pt", settings)
     checkpoint.path.unlink()
-    print(f"done in {seconds:.0f} s: {run.out / 'model.pt'}")
+    print(f"done: {run.out / 'model.pt'}")
     return model
 
 
@@ -509,26 +512,28 @@ def begin(run: Namespace) -> Checkpoint:
     """The checkpoint of a new run, or with --resume of the interrupted one.
 
     Of two runs that begin in one folder at the same moment, one creates the file. Raises OSError,
-    ValueError: there is a run that must not be lost, or none to go on with.
+    Refused: there are files that must not be lost, or no run to go on with.
     """
     state, settings = run.out / "state.pt", settings_of(run)
-    files = [run.out / name for name in ("model.pt", "metrics.json", "evaluation.json")]
+    names = ("state.pt", "model.pt", "metrics.json", "evaluation.json")
+    there = [run.out / name for name in names if (run.out / name).exists()]
     if run.resume:
         if not state.is_file():
             raise FileNotFoundError(f"{run.out} holds no interrupted run: leave --resume out")
         content = lavae.read(state)
         for name, value in content["settings"].items():
             if value != settings.get(name) and name != "device":
-                raise ValueError(f"{run.out} was begun with {name} {value}: give the same options")
+                raise Refused(f"{run.out} was begun with {name} {value}: give the same options")
         return Checkpoint(state, content)
-    if state.is_file() or files[0].is_file():
-        if not run.overwrite:
-            raise FileExistsError(
-                f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
-                "with --overwrite, or choose another --out"
-            )
-        for path in (state, *files):
-            path.unlink(missing_ok=True)
+    if there and there[0].suffix != ".pt":
+        raise FileExistsError(f"{there[0]} is of something else: choose another --out")
+    if there and not run.overwrite:
+        raise FileExistsError(
+            f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
+            "with --overwrite, or choose another --out"
+        )
+    for path in there:
+        path.unlink()
     run.out.mkdir(parents=True, exist_ok=True)
     with open(state, "xb") as file:
         torch.save({"settings": settings}, file)
@@ -540,7 +545,7 @@ def check_device(name: str) -> torch.device:
 
     The gradients of one step may differ by 5% of their length, because devices add in different
     orders, and some round to ten bits. (Some have been wrong by 10% and more, without an error.) If
-    more differs, or the step fails, "auto" is the CPU. Raises ValueError: another name.
+    more differs, or the step fails, "auto" is the CPU. Raises OSError, Refused: another name.
     """
     device = lavae.pick_device(name)
     if device.type == "cpu":
@@ -554,20 +559,19 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, TypeError) as failure:  # an operation or a type that it lacks, no memory
         why = f"cannot do what is needed ({str(failure).splitlines()[0]})"
     if name != "auto":
-        raise ValueError(f"{name} {why}: choose --device cpu, or try a newer torch")
+        raise Refused(f"{name} {why}: choose --device cpu, or try a newer torch")
     print(f"{device.type} {why}: the CPU is taken")
     return torch.device("cpu")
 
 
 def gradients_on(device: torch.device) -> list[Tensor]:
     """The gradients of one step of a small LAVAE, the same on every device."""
-    noise = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = LAVAE(["rotate_cw"], latent_dim=8, filters=4), torch.rand(2, 32, 28, 28)
     x = x.to(device)
-    logits, mu, logvar = model.to(device)(x, noise)
-    loss = bce(logits, x.flatten(0, 1)) + lavae.kl(mu, logvar)
+    mu, logvar = model.to(device).encoder(x.flatten(0, 1))
+    loss = bce(model.decoder(mu), x.flatten(0, 1)) + lavae.kl(mu, logvar)
     (loss + 1000 * lavae.equivariance_loss(mu.unflatten(0, x.shape[:2]), [4])).backward()
     AdaBelief(model.parameters()).step()
     return [p.grad.cpu() for p in model.parameters() if p.grad is not None]
@@ -580,15 +584,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number, int or float, from low to high."""
 
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low <= value <= high:
-            return value
-        words = f"expected {kind.__name__} from {low} to {high}, not {text!r}"
-        raise argparse.ArgumentTypeError(words)
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, not {text}")
+        return value
 
+    read.__name__ = kind.__name__  # for argparse's message where it is no number
     return read
 
 
@@ -732,14 +733,14 @@ def parser_of() -> argparse.ArgumentParser:
         help=f"mnist (default), {', '.join(DOWNLOADS)} (downloaded), or a FILE.npz of your own:\n"
         "uint8 images of 28 x 28 as x_train, x_test, labels as y_train, y_test",
     )
-    add("--data-dir", type=Path, default=DATA_DIR, help="(default data/)")
+    add("--data-dir", type=path_of, default=DATA_DIR, help="(default data/)")
     add("--seed", type=number(int, 0, 2**62 - 1), default=0, help="(default 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="start over in a folder that holds a run")
     add(
         "--out",
-        type=Path,
+        type=path_of,
         help="the run folder (default runs/ and the names of --augs, joined by +;\n"
         "the model's name before them, if it is no LAVAE)",
     )
@@ -757,10 +758,12 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
         device = check_device(run.device)
         run.device = device.type
         x_train, y_train, *_ = load_images(run.dataset, run.data_dir)
+        if len(x_train) < 2 * run.latent_dim:
+            raise Refused(f"{run.dataset} has {len(x_train)} images: lower --latent-dim")
         if y_train is None and run.condition in ("digit", "both"):
-            raise ValueError(f"--condition {run.condition}: {run.dataset} has no labels")
+            raise Refused(f"--condition {run.condition}: {run.dataset} has no labels")
         model = train(run, x_train, y_train, device, begin(run))
-        print(f'now: python evaluate.py "{run.out}"')
+        print(f'now: python "{Path(__file__).with_name("evaluate.py")}" "{run.out}"')
     return model.requires_grad_(False).eval()
 
 
