@@ -31,10 +31,9 @@ from torch import Tensor, nn
 def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (.., 28, 28) to numbers in [0, 1]. Raises ValueError: they are not that."""
     if images.dtype != torch.uint8 or images.shape[-2:] != (28, 28):
-        raise ValueError(
-            f"expected torch.uint8 (.., 28, 28), got {images.dtype} {tuple(images.shape)}"
-        )
-    return (images / 255).to(dtype)
+        what = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"expected images as torch.uint8 (.., 28, 28), got {what}")
+    return images.to(dtype) / 255
 
 
 class Encoder(nn.Module):
@@ -142,16 +141,11 @@ class LatentMap(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z L^-1, (B, latent_dim) to the same."""
-        return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L)
+        return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L.dtype).to(self.L.device)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
         """`order_error` of L. z is not needed; `NonlinearMap` needs it."""
         return order_error(self.L, order)
-
-
-def without_self(scope: dict) -> dict:
-    """The arguments of an `__init__` that calls this with its `locals()`. `load` needs them."""
-    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 class LAVAE(nn.Module):
@@ -191,11 +185,22 @@ class LAVAE(nn.Module):
         least_squares: bool = False,
         joint: str | None = None,
     ):
-        arguments = without_self(locals())
         super().__init__()
-        self.arguments, self.augs = arguments, list(augs)
-        self.transfers = [list(names) for names in transfers]
+        self.augs, self.transfers = list(augs), [list(names) for names in transfers]
         self.orders = list(orders or [None] * len(self.augs))
+        self.arguments = dict(
+            augs=self.augs,
+            transfers=self.transfers,
+            latent_dim=latent_dim,
+            filters=filters,
+            latent_map=latent_map,
+            originals_only=originals_only,
+            head=head,
+            entry=entry,
+            orders=self.orders,
+            least_squares=least_squares,
+            joint=joint,
+        )
         self.latent_dim, self.least_squares, self.joint = latent_dim, least_squares, joint
         self.stage1_views = [0] if originals_only else list(range(2 ** len(self.augs)))
         self.encoder = Encoder(latent_dim, filters)
@@ -205,7 +210,7 @@ class LAVAE(nn.Module):
         self.heads = nn.ModuleDict()
         for names in self.transfers:
             self.heads["+".join(names)] = Decoder(latent_dim, filters, hidden, entry)
-        if {None: False, "identity": False, "signs": True}[joint]:
+        if joint == "signs":
             for i, latent_map in enumerate(self.maps):
                 signs = 1.0 - 2.0 * (torch.arange(latent_dim) >> i & 1)
                 latent_map.L.data.copy_(torch.diag(signs))
@@ -236,9 +241,11 @@ class LAVAE(nn.Module):
 
     # For notebooks. Images go in and come out in [0, 1], (B, 28, 28), on the model's device.
 
+    @torch.no_grad()
     def augment(self, x: Tensor, *names: str) -> Tensor:
         """x under the named augmentations, the left one first: D(E(x) L L ..)."""
-        return self.convert(x, target="+".join(names) or "orig")
+        z = apply_in_order(self.encoder(x)[0], [self._map(name) for name in names])
+        return self.decoder(z).sigmoid()
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
@@ -303,7 +310,7 @@ def bce(logits: Tensor, x: Tensor) -> Tensor:
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over the latents, mean over the
     images. mu and logvar are (B, latent_dim)."""
-    return (mu**2 + logvar.expm1() - logvar).sum() * (0.5 / len(mu))
+    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum() / len(mu)
 
 
 def original_and_singles(views: Sequence) -> list:
@@ -329,58 +336,51 @@ def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     feature b, whose sign A_i changes. Then a + b becomes a - b, and no matrix computes that from
     a + b. This loss makes the encoder put a and b into different latents.
     """
-    # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
-    ends = [2**i for i in range(len(orders))]
-    pairs = [(z[:n].flatten(0, 1), z[n : 2 * n].flatten(0, 1)) for n in ends]
-    with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
-        Q = procrustes([before.T @ after for before, after in pairs], orders)
-    errors = [F.mse_loss(before @ Q_i, after) for (before, after), Q_i in zip(pairs, Q)]
-    return sum(errors[1:], errors[0])
+    error = 0
+    for i, order in enumerate(orders):
+        # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
+        before, after = z[: 2**i].flatten(0, 1), z[2**i : 2 ** (i + 1)].flatten(0, 1)
+        with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
+            Q = procrustes(before.T @ after, order)
+        error = error + (before @ Q - after).square().mean()
+    return error
 
 
-def procrustes(C: Sequence[Tensor], orders: Sequence[int | None]) -> list[Tensor]:
-    """The orthogonal Q_i (d, d) with Q_i^k = I that bring z Q_i nearest to z_i.
+def procrustes(C: Tensor, order: int | None) -> Tensor:
+    """The orthogonal Q (d, d) with Q^k = I that brings z Q nearest to z_i, from C = z^T z_i (d, d).
 
-    C: z^T z_i of each augmentation, (d, d). orders: its k. None: Q_i may be any orthogonal matrix.
-    For k > 2 the result is nearly the best.
+    order: k. None: Q may be any orthogonal matrix. For k > 2 the result is nearly the best.
 
-    This is the orthogonal Procrustes problem, and its solution is the polar factor of C_i. For
-    k = 2 it is that of C_i + C_i^T, which makes Q_i symmetric. For k > 2, each angle of Q_i then
-    goes to the nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. A small multiple of I is
-    added to C_i, so that Q_i is I on latents that have collapsed to zero.
+    This is the orthogonal Procrustes problem, and its solution is the polar factor of C. For k = 2
+    it is that of C + C^T, which makes Q symmetric. For k > 2, each angle of Q then goes to the
+    nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. A small multiple of I is added to C, so
+    that Q is I on latents that have collapsed to zero.
     """
-    C = torch.stack([C_i + C_i.T if order == 2 else C_i for C_i, order in zip(C, orders)])
-    norms = torch.linalg.matrix_norm(C, keepdim=True).clamp(min=1e-30)
-    X = C / (1.0001 * norms)  # so that the next line does not take a singular value above 1
-    X.diagonal(dim1=1, dim2=2).add_(1e-5)
-    Q = [*polar(X)]
-    for order in {*orders} - {None, 2}:
-        turns = torch.stack(Q)
-        for _ in range(9):
-            power = torch.linalg.matrix_power(turns, order)
-            turns = torch.baddbmm(turns, turns, power - power.mT, alpha=-0.5 / order)
-            turns = polar_step(turns)
-        Q = [turn if k == order else Q_i for turn, Q_i, k in zip(turns, Q, orders)]
+    C = C + C.T if order == 2 else C
+    unit = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    Q = polar(C + 1e-5 * torch.linalg.norm(C) * unit)
+    if order not in (None, 2):
+        for _ in range(10):
+            power = torch.linalg.matrix_power(Q, order)
+            Q = polar_step(torch.addmm(Q, Q, power - power.T, alpha=-0.5 / order))
     return Q
 
 
-def polar(X: Tensor, rounds: int = 16) -> Tensor:
-    """The orthogonal matrices nearest to X (K, d, d) of norm < 1: the SVD's U V^T, if X = U S V^T.
+def polar(C: Tensor, rounds: int = 32) -> Tensor:
+    """The orthogonal matrix nearest to C (d, d): U V^T, where C = U S V^T.
 
-    It is found by the iteration of Newton and Schulz. Singular values of 1e-5 or more become 1
-    within 16 rounds. (With `svd` the host would wait for the device.) If all singular values are
-    between `least` and 1, X is scaled so that the step brings both ends equally near to 1.
+    It is found by the iteration of Newton and Schulz. Singular values of 1e-5 |C| or more become 1
+    within 32 rounds. (With `svd` the host would wait for the device.)
     """
-    least = 1e-5
+    X = C / torch.linalg.norm(C).clamp(min=1e-30)
     for _ in range(rounds):
-        scale = math.sqrt(3 / (1 + least + least**2))
-        X, least = polar_step(X, scale), scale * least * (3 - (scale * least) ** 2) / 2
+        X = polar_step(X)
     return X
 
 
-def polar_step(X: Tensor, scale: float = 1.0) -> Tensor:
-    """(3 Y - Y Y^T Y) / 2 with Y = scale X: each singular value s of Y becomes (3 s - s^3) / 2."""
-    return torch.baddbmm(X, X, X.mT @ X, beta=1.5 * scale, alpha=-0.5 * scale**3)
+def polar_step(X: Tensor) -> Tensor:
+    """(3 X - X X^T X) / 2. Each singular value s <= 1.5 becomes (3 s - s^3) / 2, nearer to 1."""
+    return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
 
 
 def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
@@ -408,8 +408,12 @@ def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
-    """The first term of Eq. 6, the mean over images and latents of (z L - z_i)^2, by `moments`."""
-    return ((L.T @ G @ L - 2 * L.T @ C_i).trace() + z_i_squared) / len(L)
+    """The first term of Eq. 6, the mean over images and latents of (z L - z_i)^2, from `moments`.
+
+    L: (d, d), or (.., d, d) for several at once; the result is a number, or (..).
+    """
+    products = (L.mT @ G @ L - 2 * L.mT @ C_i).diagonal(dim1=-2, dim2=-1)
+    return (products.sum(-1) + z_i_squared) / L.shape[-1]
 
 
 def order_error(L: Tensor, order: int | None) -> Tensor:
@@ -422,11 +426,13 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
     is ||I - L L^T||_F^2 / 100. All views have the same prior, so a map should keep lengths. The
     small weight lets the data decide. The term only matters for directions in which the originals
     do not differ, because the data say nothing there.
+
+    L: as in `map_error`.
     """
-    unit = torch.eye(len(L)).to(L)
+    unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     if order is None:
-        return (unit - L @ L.T).square().sum() / 100
-    return (unit - torch.linalg.matrix_power(L, order)).square().sum()
+        return (unit - L @ L.mT).square().sum((-2, -1)) / 100
+    return (unit - torch.linalg.matrix_power(L, order)).square().sum((-2, -1))
 
 
 # ---------------------------------------------------------------- half an augmentation
@@ -452,13 +458,14 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     if n := int(reverses.sum()):
         P = (vectors * reverses @ back).real  # the projection to the n reversed directions
         U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
+        values, vectors = torch.linalg.eig(-U.T @ M @ U)
         c, s = math.cos(math.pi * t), math.sin(math.pi * t)
         turns = [torch.tensor([[c, -s], [s, c]])] * (n // 2)
         if n % 2:
             turns.append(torch.tensor([[1 - 2 * t]]))
-        rest = matrix_power(-U.T @ M @ U, t)
+        rest = (vectors * values**t @ torch.linalg.inv(vectors)).real
         power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
-    return power.to(L)
+    return power.to(L.dtype).to(L.device)
 
 
 # ---------------------------------------------------------------- ablations: each changes one thing
@@ -547,10 +554,17 @@ class CVAE(nn.Module):
         entry: str = "relu",
         classes: int = 10,
     ):
-        arguments = without_self(locals())
         super().__init__()
-        self.arguments, self.augs, self.transfers = arguments, list(augs), []
-        self.latent_dim, self.classes = latent_dim, classes
+        self.augs, self.transfers, self.latent_dim = list(augs), [], latent_dim
+        self.classes = classes
+        self.arguments = dict(
+            augs=self.augs,
+            condition=condition,
+            latent_dim=latent_dim,
+            filters=filters,
+            entry=entry,
+            classes=classes,
+        )
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
         self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
@@ -660,7 +674,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
             model = kind(**checkpoint["arguments"])
         model.to_empty(device="cpu").load_state_dict(checkpoint["tensors"])
         model.settings = dict(checkpoint["settings"])
-    except Exception as error:  # a key or a tensor that is not there, or another one
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(f"{path} is of another version of this program: train again") from error
     return channels_last(model.requires_grad_(False).eval().to(device))
 
@@ -675,8 +689,8 @@ def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises OSError: there is no
     such device here."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    names = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    names += ["cpu"]
     if name not in ("auto", *names):
         raise OSError(f"there is no device {name!r} here: choose from auto, {', '.join(names)}")
     return torch.device(names[0] if name == "auto" else name)

@@ -92,12 +92,10 @@ def stage1(
         logits, mu, logvar = model(x, noise, None if labels is None else labels[index])
         prior = lavae.kl(mu, logvar) if run.prior_loss == "kl" else lavae.mmd(mu, logvar, noise)
         losses = {"bce": bce(logits, x.flatten(0, 1)), "kl": prior}
-        kl_weight, equivariance_weight = weights_at(t, run)
-        loss = torch.add(losses["bce"], prior, alpha=kl_weight)
         if equivariance:
-            error = losses["equivariance"] = latent_loss(model, mu.unflatten(0, x.shape[:2]), run)
-            loss = torch.add(loss, error, alpha=equivariance_weight)
-        return {"loss": loss, **losses}
+            losses["equivariance"] = latent_loss(model, mu.unflatten(0, x.shape[:2]), run)
+        weights = weights_at(t, run)
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if run.joint == "identity":
@@ -112,9 +110,8 @@ def stage1(
     )
 
 
-def weights_at(t: float, run: Namespace) -> tuple[float, float]:
-    """The weights of the prior loss and of the equivariance loss, if the fraction t of all steps of
-    stage 1 is done.
+def weights_at(t: float, run: Namespace) -> dict[str, float]:
+    """The weights of the losses of stage 1 when the fraction t of all steps is done.
 
     The weight of the prior loss grows in the first twentieth of the steps. (At full weight from the
     start, all latents may collapse to zero.) The weight of the equivariance loss grows with t^2, to
@@ -124,7 +121,7 @@ def weights_at(t: float, run: Namespace) -> tuple[float, float]:
     kl, equivariance = run.kl_weight, run.equivariance_weight or 0
     if run.recipe == "ours":
         kl, equivariance = kl * min(1, 20 * t), equivariance * (3 * t * t)
-    return kl, equivariance
+    return {"bce": 1, "kl": kl, "equivariance": equivariance}
 
 
 def latent_loss(model: LAVAE, z: Tensor, run: Namespace) -> Tensor:
@@ -329,7 +326,7 @@ def summary(names: Sequence[str], losses: Sequence[Tensor], sizes: Sequence[int]
 # ---------------------------------------------------------------- from options to a run
 
 PRESETS = {  # each name in here, and in the next two, is also an option
-    "quick": dict(filters=24, epochs=2, transfer_epochs=1),
+    "quick": dict(filters=20, epochs=2, transfer_epochs=1),
     "laptop": dict(filters=32, epochs=6, transfer_epochs=2),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100),  # and --as-published
 }
@@ -754,8 +751,6 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
     """Train what the command line asks for. In a notebook it returns the model:
 
     model = train.main("--preset quick --seed 1 --out runs/mine".split())
-
-    Two runs at the same time need two processes: threads would share one stream of random numbers.
     """
     parser = parser_of()
     with one_line_errors(parser, ": go on with --resume (and without --overwrite)"):
