@@ -1,4 +1,4 @@
-"""Measure and draw what trained models have learnt, on the 10,000 test images.
+"""Measure and draw what trained models have learnt, on the test images.
 
     reconstruct    D(E(x))                                  Table I, Fig. 3
     augment        D(E(x) L_i)                              Table I, Fig. 3
@@ -14,11 +14,11 @@
     python evaluate.py runs/seed0 runs/seed1    # these, and their mean and standard deviation
 
 Prints the tables, and writes evaluation.json and the figures to the run folders. It puts together
-what it is given: models of one kind of data and one seed are rows of one Table I; runs that differ
-in the seed alone get a mean; two sources or more with transfers get the heat-map. BCE is in nats an
-image. Latents of images are posterior means, without noise. In order: numbers, tables, the
-heat-map, projections to the plane, what figures share, the figures, the command line. It is the
-last script to read.
+what it is given: models that agree in all options that they share, also in the seed, are rows of
+one Table I; runs that differ in the seed alone get a mean; two sources or more with transfers get
+the heat-map, which is written beside their folders. BCE is in nats an image. Latents of images are
+posterior means, without noise. In order: numbers, tables, the heat-map, projections to the plane,
+what figures share, the figures, the command line. It is the last script to read.
 """
 
 import argparse
@@ -879,7 +879,7 @@ def latent_plane(run):
 
 
 def training_curves(run):
-    """the losses of each stage as it learns"""
+    """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch"""
     path, panels = run.folder / "metrics.json", []
     require(path.is_file(), "the metrics.json that train.py wrote")
     for stage, rows in json.loads(path.read_text())["history"].items():

@@ -210,7 +210,7 @@ class LAVAE(nn.Module):
         self.heads = nn.ModuleDict()
         for names in self.transfers:
             self.heads["+".join(names)] = Decoder(latent_dim, filters, hidden, entry)
-        if joint == "signs":
+        if {None: False, "identity": False, "signs": True}[joint]:
             for i, latent_map in enumerate(self.maps):
                 signs = 1.0 - 2.0 * (torch.arange(latent_dim) >> i & 1)
                 latent_map.L.data.copy_(torch.diag(signs))
@@ -241,11 +241,9 @@ class LAVAE(nn.Module):
 
     # For notebooks. Images go in and come out in [0, 1], (B, 28, 28), on the model's device.
 
-    @torch.no_grad()
     def augment(self, x: Tensor, *names: str) -> Tensor:
         """x under the named augmentations, the left one first: D(E(x) L L ..)."""
-        z = apply_in_order(self.encoder(x)[0], [self._map(name) for name in names])
-        return self.decoder(z).sigmoid()
+        return self.convert(x, target="+".join(names) or "orig")
 
     @torch.no_grad()
     def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
@@ -674,7 +672,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
             model = kind(**checkpoint["arguments"])
         model.to_empty(device="cpu").load_state_dict(checkpoint["tensors"])
         model.settings = dict(checkpoint["settings"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a key or a tensor that is not there, or another one
         raise OSError(f"{path} is of another version of this program: train again") from error
     return channels_last(model.requires_grad_(False).eval().to(device))
 

@@ -1624,7 +1624,7 @@ def test_the_page_can_be_drawn_on(run, data, tmp_path):
 
 
 REFUSED = """--augs flip_lr flop|flop, flip_ud, canny
---transfer shear_x|--transfer, 2 augmentations
+--transfer shear_x|--transfer, 2 in
 --transfer shear_x nope|nope, canny
 --augs flip_lr flip_lr|each once
 --transfer canny canny|each once
@@ -1884,7 +1884,7 @@ def test_arrays_that_are_no_images(run, digits):
         augment.flip_lr(masked)
 
 
-@pytest.mark.parametrize("word", ["latent_map", "head", "entry", "condition"])
+@pytest.mark.parametrize("word", ["latent_map", "head", "entry", "joint", "condition"])
 def test_words_that_a_model_does_not_know(word):
     with pytest.raises((KeyError, ValueError)):
         (CVAE if word == "condition" else LAVAE)(**{word: "Gated"})

@@ -373,7 +373,10 @@ def resolve(run: Namespace) -> Namespace:
         raise Refused("--augs: there are 2^K views of every image, so name five at most")
     for names in (run.augs, *run.transfer):
         if len(names) != len(run.augs) or len({*names}) < len(names):
-            raise Refused(f"--transfer: name {len(run.augs)} augmentations, each once")
+            count = len(run.augs)
+            raise Refused(
+                f"--augs, --transfer: name each once, {count} in --transfer, as in --augs"
+            )
     if run.joint == "signs" and run.latent_map != "linear":
         raise Refused("--joint signs is a start for linear maps: leave --latent-map out")
     if run.joint and not run.equivariance_weight:
@@ -751,6 +754,8 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
     """Train what the command line asks for. In a notebook it returns the model:
 
     model = train.main("--preset quick --seed 1 --out runs/mine".split())
+
+    Two runs at the same time need two processes: threads would share one stream of random numbers.
     """
     parser = parser_of()
     with one_line_errors(parser, ": go on with --resume (and without --overwrite)"):
