@@ -736,8 +736,8 @@ def fig9_paired_cvae(run):
 
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    n = min(200, 4000 // len(run.names))  # t-SNE compares each point with each
-    x = evenly(run.data[2], n)
+    most = 4000 // len(run.names)  # t-SNE compares each point with each
+    x = evenly(run.data[2], min(200, most))
     images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
     mapped = views(latents[0], planar(run).maps)
@@ -1046,19 +1046,21 @@ def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Nam
     """A Run, with an image of each class that the figures show. Raises Refused: there is no such
     class, or the model does not know one."""
     x, y = data[2:]
-    if y is None:  # then the first ten images stand for all
-        return Run(folder, model, data, x[:10], np.zeros(10, int), [""] * 10, options.seed)
-    known = np.unique(y)
-    labels = known[:10] if options.digits is None else np.unique(options.digits)
-    if unknown := {*labels} - {*known}:
-        raise Refused(f"--digits {min(unknown)}: there is no test image of it")
-    if getattr(model, "by_digit", False) and known[-1] >= model.classes:
-        raise Refused(
-            f"{folder}: test label {known[-1]}, but training had none above {model.classes - 1}"
-        )
-    names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
-    shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
-    digits = one_of_each(x[shown], y[shown])
+    if y is None:  # then ten images stand for all
+        digits = evenly(x, 10)
+        labels, columns = np.zeros(len(digits), int), [""] * len(digits)
+    else:
+        known = np.unique(y)
+        labels = known[:10] if options.digits is None else np.unique(options.digits)
+        if unknown := {*labels} - {*known}:
+            raise Refused(f"--digits {min(unknown)}: there is no test image of it")
+        if getattr(model, "by_digit", False) and known[-1] >= model.classes:
+            raise Refused(
+                f"{folder}: test label {known[-1]}, but training had none above {model.classes - 1}"
+            )
+        names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
+        shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
+        digits = one_of_each(x[shown], y[shown])
     return Run(folder, model, data, digits, labels, columns, options.seed)
 
 

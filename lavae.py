@@ -210,7 +210,9 @@ class LAVAE(nn.Module):
         self.heads = nn.ModuleDict()
         for names in self.transfers:
             self.heads["+".join(names)] = Decoder(latent_dim, filters, hidden, entry)
-        if {None: False, "identity": False, "signs": True}[joint]:
+        if joint not in (None, "identity", "signs"):
+            raise ValueError(f"joint is None, identity or signs, not {joint}")
+        if joint == "signs":
             for i, latent_map in enumerate(self.maps):
                 signs = 1.0 - 2.0 * (torch.arange(latent_dim) >> i & 1)
                 latent_map.L.data.copy_(torch.diag(signs))
@@ -687,8 +689,11 @@ def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises OSError: there is no
     such device here."""
-    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    names += ["cpu"]
+    names = ["cpu"]
+    if torch.backends.mps.is_available():
+        names.insert(0, "mps")
+    if torch.cuda.is_available():
+        names.insert(0, "cuda")
     if name not in ("auto", *names):
         raise OSError(f"there is no device {name!r} here: choose from auto, {', '.join(names)}")
     return torch.device(names[0] if name == "auto" else name)

@@ -528,7 +528,7 @@ def begin(run: Namespace) -> Checkpoint:
             if value != settings.get(name) and name != "device":
                 raise Refused(f"{run.out} was begun with {name} {value}: give the same options")
         return Checkpoint(state, content)
-    if there and there[0].suffix != ".pt":
+    if there and there[0].suffix != ".pt":  # no state.pt and no model.pt
         raise FileExistsError(f"{there[0]} is of something else: choose another --out")
     if there and not run.overwrite:
         raise FileExistsError(
