@@ -837,7 +837,7 @@ def partial_augmentation(run):
 
 
 def reconstructions(run):
-    """reconstructions beside their inputs, of digits that no other figure shows"""
+    """reconstructions beside their inputs"""
     x, groups = evenly(run.data[2], 40), []
     drawn = run.draw(run.model.encode(x))
     for i in range(0, len(x), 10):
