@@ -31,9 +31,10 @@ from torch import Tensor, nn
 def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (.., 28, 28) to numbers in [0, 1]. Raises ValueError: they are not that."""
     if images.dtype != torch.uint8 or images.shape[-2:] != (28, 28):
-        what = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"expected images as torch.uint8 (.., 28, 28), got {what}")
-    return images.to(dtype) / 255
+        raise ValueError(
+            f"expected torch.uint8 (.., 28, 28), got {images.dtype} {tuple(images.shape)}"
+        )
+    return (images / 255).to(dtype)
 
 
 class Encoder(nn.Module):
@@ -141,11 +142,16 @@ class LatentMap(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z L^-1, (B, latent_dim) to the same."""
-        return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L.dtype).to(self.L.device)
+        return z @ torch.linalg.inv(self.L.cpu().double()).to(self.L)
 
     def order_error(self, order: int | None, z: Tensor | None = None) -> Tensor:
         """`order_error` of L. z is not needed; `NonlinearMap` needs it."""
         return order_error(self.L, order)
+
+
+def without_self(scope: dict) -> dict:
+    """The arguments of an `__init__` that calls this with its `locals()`. `load` needs them."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 class LAVAE(nn.Module):
@@ -185,24 +191,13 @@ class LAVAE(nn.Module):
         least_squares: bool = False,
         joint: str | None = None,
     ):
+        arguments = without_self(locals())
         super().__init__()
-        self.augs, self.transfers = list(augs), [list(names) for names in transfers]
+        self.arguments, self.augs = arguments, list(augs)
+        self.transfers = [list(names) for names in transfers]
         self.orders = list(orders or [None] * len(self.augs))
-        self.arguments = dict(
-            augs=self.augs,
-            transfers=self.transfers,
-            latent_dim=latent_dim,
-            filters=filters,
-            latent_map=latent_map,
-            originals_only=originals_only,
-            head=head,
-            entry=entry,
-            orders=self.orders,
-            least_squares=least_squares,
-            joint=joint,
-        )
         self.latent_dim, self.least_squares, self.joint = latent_dim, least_squares, joint
-        self.stage1_views = [0] if originals_only else list(range(2 ** len(self.augs)))
+        self.stage1_views = [0] if originals_only else range(2 ** len(self.augs))
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters, entry=entry)
         self.maps = nn.ModuleList(LATENT_MAPS[latent_map](latent_dim) for _ in self.augs)
@@ -310,7 +305,7 @@ def bce(logits: Tensor, x: Tensor) -> Tensor:
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats an image: summed over the latents, mean over the
     images. mu and logvar are (B, latent_dim)."""
-    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum() / len(mu)
+    return (mu**2 + logvar.expm1() - logvar).sum() * (0.5 / len(mu))
 
 
 def original_and_singles(views: Sequence) -> list:
@@ -336,51 +331,60 @@ def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     feature b, whose sign A_i changes. Then a + b becomes a - b, and no matrix computes that from
     a + b. This loss makes the encoder put a and b into different latents.
     """
-    error = 0
-    for i, order in enumerate(orders):
-        # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
-        before, after = z[: 2**i].flatten(0, 1), z[2**i : 2 ** (i + 1)].flatten(0, 1)
-        with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
-            Q = procrustes(before.T @ after, order)
-        error = error + (before @ Q - after).square().mean()
-    return error
+    # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
+    ends = [2**i for i in range(len(orders))]
+    pairs = [(z[:n].flatten(0, 1), z[n : 2 * n].flatten(0, 1)) for n in ends]
+    with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
+        Q = procrustes([before.T @ after for before, after in pairs], orders)
+    errors = [F.mse_loss(before @ Q_i, after) for (before, after), Q_i in zip(pairs, Q)]
+    return sum(errors[1:], errors[0])
 
 
-def procrustes(C: Tensor, order: int | None) -> Tensor:
-    """The orthogonal Q (d, d) with Q^k = I that brings z Q nearest to z_i, from C = z^T z_i (d, d).
+def procrustes(C: Sequence[Tensor], orders: Sequence[int | None]) -> list[Tensor]:
+    """The orthogonal Q_i (d, d) with Q_i^k = I that bring z Q_i nearest to z_i.
 
-    order: k. None: Q may be any orthogonal matrix. For k > 2 the result is nearly the best.
+    C: z^T z_i of each augmentation, (d, d). orders: its k. None: Q_i may be any orthogonal matrix.
+    For k > 2 the result is nearly the best.
 
-    This is the orthogonal Procrustes problem, and its solution is the polar factor of C. For k = 2
-    it is that of C + C^T, which makes Q symmetric. For k > 2, each angle of Q then goes to the
-    nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. A small multiple of I is added to C, so
-    that Q is I on latents that have collapsed to zero.
+    This is the orthogonal Procrustes problem, and its solution is the polar factor of C_i. For
+    k = 2 it is that of C_i + C_i^T, which makes Q_i symmetric. For k > 2, each angle of Q_i then
+    goes to the nearest multiple of 2 pi / k, by a <- a - sin(k a) / k. A small multiple of I is
+    added to C_i, so that Q_i is I on latents that have collapsed to zero.
     """
-    C = C + C.T if order == 2 else C
-    unit = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    Q = polar(C + 1e-5 * torch.linalg.norm(C) * unit)
-    if order not in (None, 2):
-        for _ in range(10):
-            power = torch.linalg.matrix_power(Q, order)
-            Q = polar_step(torch.addmm(Q, Q, power - power.T, alpha=-0.5 / order))
+    C = torch.stack([C_i + C_i.T if order == 2 else C_i for C_i, order in zip(C, orders)])
+    norms = torch.linalg.matrix_norm(C, keepdim=True).clamp(min=1e-30)
+    X = C / (1.0001 * norms)  # so that the next line does not take a singular value above 1
+    X.diagonal(dim1=1, dim2=2).add_(1e-5)
+    Q = [*polar(X)]
+    for order in {*orders} - {None, 2}:
+        turns = torch.stack(Q)
+        for _ in range(9):
+            power = torch.linalg.matrix_power(turns, order)
+            turns = torch.baddbmm(turns, turns, power - power.mT, alpha=-0.5 / order)
+            turns = polar_step(turns)
+        Q = [turn if k == order else Q_i for turn, Q_i, k in zip(turns, Q, orders)]
     return Q
 
 
-def polar(C: Tensor, rounds: int = 32) -> Tensor:
-    """The orthogonal matrix nearest to C (d, d): U V^T, where C = U S V^T.
+def polar(X: Tensor, rounds: int = 16) -> Tensor:
+    """The orthogonal matrices nearest to X (K, d, d) of norm < 1: the SVD's U V^T, if X = U S V^T.
 
-    It is found by the iteration of Newton and Schulz. Singular values of 1e-5 |C| or more become 1
-    within 32 rounds. (With `svd` the host would wait for the device.)
+    It is found by the iteration of Newton and Schulz. Singular values of 1e-5 or more become 1
+    within 16 rounds. (With `svd` the host would wait for the device.) If all singular values are
+    between `least` and 1, X is scaled so that the step brings both ends equally near to 1.
     """
-    X = C / torch.linalg.norm(C).clamp(min=1e-30)
+    least = 1e-5
     for _ in range(rounds):
-        X = polar_step(X)
+        scale = math.sqrt(3 / (1 + least + least**2))
+        X = polar_step(X, scale)
+        least *= scale
+        least *= (3 - least**2) / 2
     return X
 
 
-def polar_step(X: Tensor) -> Tensor:
-    """(3 X - X X^T X) / 2. Each singular value s <= 1.5 becomes (3 s - s^3) / 2, nearer to 1."""
-    return torch.addmm(X, X, X.T @ X, beta=1.5, alpha=-0.5)
+def polar_step(X: Tensor, scale: float = 1.0) -> Tensor:
+    """(3 Y - Y Y^T Y) / 2 with Y = scale X: each singular value s of Y becomes (3 s - s^3) / 2."""
+    return torch.baddbmm(X, X, X.mT @ X, beta=1.5 * scale, alpha=-0.5 * scale**3)
 
 
 def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
@@ -408,12 +412,8 @@ def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def map_error(L: Tensor, G: Tensor, C_i: Tensor, z_i_squared: Tensor) -> Tensor:
-    """The first term of Eq. 6, the mean over images and latents of (z L - z_i)^2, from `moments`.
-
-    L: (d, d), or (.., d, d) for several at once; the result is a number, or (..).
-    """
-    products = (L.mT @ G @ L - 2 * L.mT @ C_i).diagonal(dim1=-2, dim2=-1)
-    return (products.sum(-1) + z_i_squared) / L.shape[-1]
+    """The first term of Eq. 6, the mean over images and latents of (z L - z_i)^2, by `moments`."""
+    return ((L.T @ G @ L - 2 * L.T @ C_i).trace() + z_i_squared) / len(L)
 
 
 def order_error(L: Tensor, order: int | None) -> Tensor:
@@ -426,13 +426,11 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
     is ||I - L L^T||_F^2 / 100. All views have the same prior, so a map should keep lengths. The
     small weight lets the data decide. The term only matters for directions in which the originals
     do not differ, because the data say nothing there.
-
-    L: as in `map_error`.
     """
-    unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    unit = torch.eye(len(L)).to(L)
     if order is None:
-        return (unit - L @ L.mT).square().sum((-2, -1)) / 100
-    return (unit - torch.linalg.matrix_power(L, order)).square().sum((-2, -1))
+        return (unit - L @ L.T).square().sum() / 100
+    return (unit - torch.linalg.matrix_power(L, order)).square().sum()
 
 
 # ---------------------------------------------------------------- half an augmentation
@@ -458,14 +456,13 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     if n := int(reverses.sum()):
         P = (vectors * reverses @ back).real  # the projection to the n reversed directions
         U = torch.linalg.svd(P).U[:, :n]  # (d, n), their basis: -U^T M U is near I
-        values, vectors = torch.linalg.eig(-U.T @ M @ U)
         c, s = math.cos(math.pi * t), math.sin(math.pi * t)
         turns = [torch.tensor([[c, -s], [s, c]])] * (n // 2)
         if n % 2:
             turns.append(torch.tensor([[1 - 2 * t]]))
-        rest = (vectors * values**t @ torch.linalg.inv(vectors)).real
+        rest = matrix_power(-U.T @ M @ U, t)
         power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
-    return power.to(L.dtype).to(L.device)
+    return power.to(L)
 
 
 # ---------------------------------------------------------------- ablations: each changes one thing
@@ -554,20 +551,13 @@ class CVAE(nn.Module):
         entry: str = "relu",
         classes: int = 10,
     ):
+        arguments = without_self(locals())
         super().__init__()
-        self.augs, self.transfers, self.latent_dim = list(augs), [], latent_dim
-        self.classes = classes
-        self.arguments = dict(
-            augs=self.augs,
-            condition=condition,
-            latent_dim=latent_dim,
-            filters=filters,
-            entry=entry,
-            classes=classes,
-        )
+        self.arguments, self.augs, self.transfers = arguments, list(augs), []
+        self.latent_dim, self.classes = latent_dim, classes
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
-        self.stage1_views = original_and_singles(range(n)) if self.paired else list(range(n))
+        self.stage1_views = original_and_singles(range(n)) if self.paired else range(n)
         bits = torch.arange(n)[:, None] >> torch.arange(len(self.augs)) & 1
         one_hot = torch.eye(n)
         told = {"view": one_hot, "both": one_hot, "digit": one_hot[:, :0], "paired": bits}

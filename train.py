@@ -63,7 +63,8 @@ def stage1(
     run: Namespace,
     checkpoint: "Checkpoint | None" = None,
 ) -> list[dict]:
-    """Stage 1 (Eq. 5): encoder and decoder learn to draw all views, each from itself.
+    """Stage 1 (Eq. 5): encoder and decoder learn to draw the model's `stage1_views`, each from
+    itself (cvae-paired: all from the original).
 
     Args:
         images: uint8 (2^K, N, 28, 28), the views of all training images, on the model's device.
@@ -78,10 +79,10 @@ def stage1(
     """
     n, n_views = images.shape[1], len(model.stage1_views)
     print(f"stage 1: encoder and decoder learn {n_views} of {len(images)} views of {n:,} images")
-    shown = torch.tensor(model.stage1_views, device=images.device)
+    shown = torch.tensor(model.stage1_views, device=images.device)  # their numbers
     noise = torch.Generator(images.device).manual_seed(run.seed + NOISE)
     equivariance = run.equivariance_weight and n_views > 1
-    single_views = run.recipe == "published" and hasattr(model, "maps")
+    single_views = run.recipe == "published" and isinstance(model, LAVAE)
 
     def losses_of(index, t):
         if single_views:  # index counts all images of the first view, then of the second, ..
@@ -89,39 +90,43 @@ def stage1(
         else:
             x = images[shown[:, None], index]
         x = pixels(x, model.encoder.dtype)  # (V, B, 28, 28)
+        # A CVAE repeats the labels of the B images for each view.
         logits, mu, logvar = model(x, noise, None if labels is None else labels[index])
         prior = lavae.kl(mu, logvar) if run.prior_loss == "kl" else lavae.mmd(mu, logvar, noise)
         losses = {"bce": bce(logits, x.flatten(0, 1)), "kl": prior}
+        kl_weight, equivariance_weight = weights_at(t, run)
+        loss = torch.add(losses["bce"], prior, alpha=kl_weight)
         if equivariance:
-            losses["equivariance"] = latent_loss(model, mu.unflatten(0, x.shape[:2]), run)
-        weights = weights_at(t, run)
-        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+            error = losses["equivariance"] = latent_loss(model, mu.unflatten(0, x.shape[:2]), run)
+            loss = torch.add(loss, error, alpha=equivariance_weight)
+        return {"loss": loss, **losses}
 
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if run.joint == "identity":
         parameters += model.maps.parameters()
     together = 1 if single_views else n_views  # views of an image in a batch
-    batches = Batches(together, n_views * n // together, run)
-    batches.images_per_epoch = len(images) * n // together
+    per_batch = run.batch_size // together
     if equivariance:  # a matrix fits as many images as there are latents: take twice as many
-        batches.images_per_batch = max(batches.images_per_batch, 2 * model.latent_dim)
+        per_batch = max(per_batch, 2 * model.latent_dim)
+    batches = Batches(n_views * n // together, per_batch, run, len(images) * n // together)
     return fit(
         "stage 1", losses_of, parameters, batches, run.epochs, run.lr, run, checkpoint, noise
     )
 
 
-def weights_at(t: float, run: Namespace) -> dict[str, float]:
-    """The weights of the losses of stage 1 when the fraction t of all steps is done.
+def weights_at(t: float, run: Namespace) -> tuple[float, float]:
+    """The weights of the prior loss and of the equivariance loss, if the fraction t of all steps of
+    stage 1 is done.
 
     The weight of the prior loss grows in the first twentieth of the steps. (At full weight from the
-    start, all latents may collapse to zero.) The weight of the equivariance loss grows with t^2, to
-    three times its mean: first the latents must decide how many directions a map keeps. With
-    --recipe published there is no growth.
+    start, all latents may collapse to zero.) The weight of the equivariance loss is multiplied by
+    3 t^2, whose mean is 1: first the latents must decide how many directions a map keeps, and how
+    many it reverses. With --recipe published both are constant.
     """
     kl, equivariance = run.kl_weight, run.equivariance_weight or 0
     if run.recipe == "ours":
         kl, equivariance = kl * min(1, 20 * t), equivariance * (3 * t * t)
-    return {"bce": 1, "kl": kl, "equivariance": equivariance}
+    return kl, equivariance
 
 
 def latent_loss(model: LAVAE, z: Tensor, run: Namespace) -> Tensor:
@@ -195,14 +200,15 @@ def stage2_ablations(
         return {"loss": lavae.maps_loss(model.maps, model.orders, run.involution_weight, *pairs)}
 
     if not model.joint:
-        parameters, batches = [*model.maps.parameters()], Batches(1, len(latents[0]), run)
+        parameters = [*model.maps.parameters()]
+        batches = Batches(len(latents[0]), run.batch_size, run)
         fit("stage 2", losses_of, parameters, batches, MLP_EPOCHS, run.lr, run, checkpoint)
     return map_errors(model, latents)
 
 
 def stage3(
     model: LAVAE,
-    names: Sequence[str],
+    key: str,
     z: Tensor,
     images: Tensor,
     run: Namespace,
@@ -210,19 +216,19 @@ def stage3(
 ) -> list[dict]:
     """Stage 3, transfer (Eq. 7): a head learns to draw the views of other augmentations.
 
-    names: those augmentations. z: the latents of the originals under all maps, z, z L_1, z L_2, ..,
-    (2^K, N, latent_dim). images: the views to draw from them, uint8 (2^K, N, 28, 28). Returns the
-    history: a dict for each epoch, with the mean loss.
+    key: its name in `model.heads`, those augmentations joined by +. z: the latents of the originals
+    under all maps, z, z L_1, z L_2, .., (2^K, N, latent_dim). images: the views to draw from them,
+    uint8 (2^K, N, 28, 28). Returns the history: a dict for each epoch, with the mean loss.
     """
-    print(f"stage 3: a new decoder learns {' and '.join(names)} from the same latents")
-    key = "+".join(names)
+    print(f"stage 3: a new decoder learns {key} from the same latents")
     head = model.heads[key]
 
     def losses_of(index, t):
         x = pixels(images[:, index], z.dtype).flatten(0, 1)
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
-    parameters, batches = [*head.parameters()], Batches(len(images), images.shape[1], run)
+    n_views, n = images.shape[:2]
+    parameters, batches = [*head.parameters()], Batches(n, run.batch_size // n_views, run)
     lr = run.lr / 2 if run.head == "gated" else run.lr
     epochs = run.transfer_epochs
     return fit(f"stage 3, {key}", losses_of, parameters, batches, epochs, lr, run, checkpoint)
@@ -252,8 +258,8 @@ def fit(
 
     Returns the history, a dict for each epoch. Raises FloatingPointError: a loss is not finite.
     """
-    optimizer, device, history = AdaBelief(parameters), parameters[0].device, []
-    generators = [batches.shuffle, noise or batches.shuffle]
+    optimizer, history = AdaBelief(parameters), []
+    generators = [batches.shuffle, noise or batches.shuffle]  # without noise one, twice
     state = (parameters, optimizer, generators, history)
     if checkpoint:
         checkpoint.restore(stage, *state)
@@ -263,7 +269,7 @@ def fit(
             t = (step + 0.5) / (epochs * len(batches))
             rate = 1 if run.recipe == "published" else one_cycle(t)
             optimizer.param_groups[0]["lr"] = lr * rate
-            losses = losses_of(index.to(device), t)
+            losses = losses_of(index.to(parameters[0].device), t)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
@@ -274,38 +280,39 @@ def fit(
                 print(f"  {len(sizes) / len(batches):.0%}", end="\r", flush=True)
         found, seconds = summary([*losses], all_losses, sizes), time.perf_counter() - start
         history.append({"epoch": done + 1, "seconds": seconds, **found})
-        print(f"  epoch {done + 1}/{epochs}  loss {found['loss']:7.2f}  {seconds:.1f} s")
+        means = "  ".join(f"{name} {found[name]:.4g}" for name in losses)
+        print(f"  epoch {done + 1}/{epochs}  {means}  {seconds:.1f} s")
         if checkpoint:
             checkpoint.save(stage, *state)
     return history
 
 
-def one_cycle(t: float, warm_up: float = 0.25) -> float:
+def one_cycle(t: float) -> float:
     """The learning rate as a fraction of its peak, when the fraction t of all steps is done. It
-    rises linearly, then falls like a cosine."""
-    if t < warm_up:
-        return t / warm_up
-    return (1 + math.cos(math.pi * (t - warm_up) / (1 - warm_up))) / 2
+    rises linearly for a quarter of the steps, then falls like a cosine."""
+    if t < 0.25:
+        return 4 * t
+    return (1 + math.cos(math.pi * (t - 0.25) / 0.75)) / 2
 
 
 class Batches:
-    """Image numbers in batches, shuffled in each epoch, like torch's DataLoader.
+    """The numbers 0 to n - 1 in batches, shuffled in each epoch, like torch's DataLoader.
 
-    A batch has all n_views views of its images, so it has --batch-size // n_views images.
+    A batch has at least per_batch numbers. An epoch has per_epoch, n if this is 0: with more than
+    n, each number comes several times.
     """
 
-    def __init__(self, n_views: int, n_images: int, run: Namespace):
-        self.n_images = self.images_per_epoch = n_images
-        self.images_per_batch = max(1, run.batch_size // n_views)
+    def __init__(self, n: int, per_batch: int, run: Namespace, per_epoch: int = 0):
+        self.n, self.per_batch, self.per_epoch = n, max(1, per_batch), per_epoch or n
         self.shuffle = torch.Generator().manual_seed(run.seed + SHUFFLE)
 
     def __len__(self):
-        return math.ceil(self.images_per_epoch / self.images_per_batch)
+        return max(1, self.per_epoch // self.per_batch)
 
     def __iter__(self):
-        rounds = range(math.ceil(self.images_per_epoch / self.n_images))
-        index = torch.cat([torch.randperm(self.n_images, generator=self.shuffle) for _ in rounds])
-        return iter(index[: self.images_per_epoch].split(self.images_per_batch))
+        rounds = range(math.ceil(self.per_epoch / self.n))
+        index = torch.cat([torch.randperm(self.n, generator=self.shuffle) for _ in rounds])
+        return iter(index[: self.per_epoch].tensor_split(len(self)))
 
 
 def summary(names: Sequence[str], losses: Sequence[Tensor], sizes: Sequence[int]) -> dict:
@@ -326,7 +333,7 @@ def summary(names: Sequence[str], losses: Sequence[Tensor], sizes: Sequence[int]
 # ---------------------------------------------------------------- from options to a run
 
 PRESETS = {  # each name in here, and in the next two, is also an option
-    "quick": dict(filters=20, epochs=2, transfer_epochs=1),
+    "quick": dict(filters=24, epochs=2, transfer_epochs=1),
     "laptop": dict(filters=32, epochs=6, transfer_epochs=2),
     "paper": dict(filters=64, epochs=100, transfer_epochs=100),  # and --as-published
 }
@@ -372,10 +379,10 @@ def resolve(run: Namespace) -> Namespace:
     if len(run.augs) > 5:
         raise Refused("--augs: there are 2^K views of every image, so name five at most")
     for names in (run.augs, *run.transfer):
-        if len(names) != len(run.augs) or len({*names}) < len(names):
-            count = len(run.augs)
+        if len(names) != len(run.augs) or len({*names}) < len(names) or "all" in names:
             raise Refused(
-                f"--augs, --transfer: name each once, {count} in --transfer, as in --augs"
+                f"--augs, --transfer: name each once, {len(run.augs)} in --transfer, as in --augs; "
+                "--transfer all stands alone, and is of pairs"
             )
     if run.joint == "signs" and run.latent_map != "linear":
         raise Refused("--joint signs is a start for linear maps: leave --latent-map out")
@@ -439,7 +446,7 @@ def train(
 
     images = view_tensor(x_train, run.augs, device)
     history["stage 1"] = stage1(model, images, labels, run, checkpoint)
-    if hasattr(model, "maps"):
+    if isinstance(model, LAVAE):
         latents = [model.encode(view) for view in original_and_singles(images)]
         del images  # a transfer has others
         if run.latent_map == "linear" and not run.joint:
@@ -449,9 +456,8 @@ def train(
         with torch.no_grad():
             z = torch.stack(views(latents[0], model.maps))
         for names in run.transfer:
-            stage = f"stage 3, {'+'.join(names)}"
-            wanted = view_tensor(x_train, names, device)
-            history[stage] = stage3(model, names, z, wanted, run, checkpoint)
+            key, wanted = "+".join(names), view_tensor(x_train, names, device)
+            history[f"stage 3, {key}"] = stage3(model, key, z, wanted, run, checkpoint)
     metrics = dict(config=settings, made=made_with(device), history=history)
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     lavae.save(model, run.out / "model.pt", settings)
@@ -569,9 +575,8 @@ def check_device(name: str) -> torch.device:
 
 def gradients_on(device: torch.device) -> list[Tensor]:
     """The gradients of one step of a small LAVAE, the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = LAVAE(["rotate_cw"], latent_dim=8, filters=4), torch.rand(2, 32, 28, 28)
+    torch.manual_seed(0)
+    model, x = LAVAE(["rotate_cw"], latent_dim=8, filters=4), torch.rand(2, 32, 28, 28)
     x = x.to(device)
     mu, logvar = model.to(device).encoder(x.flatten(0, 1))
     loss = bce(model.decoder(mu), x.flatten(0, 1)) + lavae.kl(mu, logvar)
@@ -625,7 +630,7 @@ def parser_of() -> argparse.ArgumentParser:
         metavar="B",
         help="train another decoder, a head, that draws these, one for each of --augs;\n"
         "may be repeated (default shear_x canny, if --augs are two);\n"
-        "all: a head for each of the paper's four pairs",
+        "all, alone: a head for each of the paper's four pairs",
     )
     add("--no-transfer", dest="transfer", action="store_const", const=[], help="leave stage 3 out")
     add(
@@ -670,8 +675,8 @@ def parser_of() -> argparse.ArgumentParser:
         help="ours (default): the learning rate rises for a quarter of the steps, then falls to\n"
         "0; the weight of the KL term grows in the first twentieth; a batch has all views of its\n"
         f"images; a ReLU follows a decoder's linear layer; {words(RECIPES['ours'])}\n"
-        "published: a constant rate, constant weights, batches of any views, no such ReLU;\n"
-        f"{words(RECIPES['published'])}",
+        "published: a constant rate, constant weights, a LAVAE's batches are of any views, no\n"
+        f"such ReLU; {words(RECIPES['published'])}; needs --equivariance-weight 0",
     )
     add("--filters", type=number(int, 1, 512), help="of the first convolution")
     add(

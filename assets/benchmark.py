@@ -17,6 +17,7 @@ import tracemalloc
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,11 +30,12 @@ import torch  # noqa: E402
 from skimage import feature  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-import adabelief  # noqa: E402
 import augment  # noqa: E402
 import lavae  # noqa: E402
 import train  # noqa: E402
+from adabelief import AdaBelief  # noqa: E402
 from lavae import CVAE, LAVAE  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -104,7 +106,7 @@ def learn_views(classifier: nn.Module, z: Tensor) -> None:
         return {"loss": F.cross_entropy(classifier(z[:, index].flatten(0, 1)), asked)}
 
     run = run_of("--batch-size 512")
-    batches = train.Batches(*z.shape[:2], run)
+    batches = train.Batches(z.shape[1], run.batch_size // len(z), run)
     train.fit("p(view | z)", losses_of, [*classifier.parameters()], batches, 8, 2e-3, run)
 
 
@@ -117,7 +119,7 @@ def learn_images(told: nn.Module, told_view: Callable, z: Tensor, images: Tensor
         return {"loss": lavae.bce(told(originals), x)}
 
     run = run_of()
-    batches = train.Batches(*z.shape[:2], run)
+    batches = train.Batches(z.shape[1], run.batch_size // len(z), run)
     train.fit("told the view", losses_of, [*told.parameters()], batches, 3, 4.5e-3, run)
 
 
@@ -159,28 +161,87 @@ def flips(n: int) -> Tensor:
     return train.view_tensor(augment.load_images()[0][:n], ["flip_lr", "flip_ud"], CPU)
 
 
-def benchmark_stage1(n: int = 8192) -> None:
-    """An epoch of stage 1 beside a bare loop with the fastest Adam and no equivariance loss."""
-    images, run = flips(n), run_of("--epochs 1")
-    model, same = (lavae.channels_last(LAVAE(filters=run.filters)) for _ in range(2))
-    shuffled = lavae.pixels(images.flatten(0, 1)[torch.randperm(4 * n)])
-    parameters = [*same.encoder.parameters(), *same.decoder.parameters()]
-    optimizer = torch.optim.Adam(parameters, fused=True)
+def bare_loop(model: LAVAE, images: Tensor, make: Callable, batch_size: int = 128) -> Callable:
+    """An epoch of a VAE on uint8 images (N, 28, 28), with nothing that the loop could do without.
 
-    def bare_loop():
-        for x in shuffled.split(run.batch_size):
-            mu, logvar = same.encoder(x)
+    make: of the parameters, the optimizer.
+    """
+    shuffled = lavae.pixels(images[torch.randperm(len(images))])
+    optimizer = make([*model.encoder.parameters(), *model.decoder.parameters()])
+
+    def epoch():
+        for x in shuffled.split(batch_size):
+            mu, logvar = model.encoder(x)
             z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
-            loss = lavae.bce(same.decoder(z), x) + lavae.kl(mu, logvar)
+            loss = lavae.bce(model.decoder(z), x) + lavae.kl(mu, logvar)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+    return epoch
+
+
+fused_adam = partial(torch.optim.Adam, fused=True)
+
+
+def benchmark_stage1(n: int = 8192) -> None:
+    """An epoch of stage 1 beside a bare loop with the fastest Adam and no equivariance loss."""
+    images, run = flips(n), run_of("--epochs 1")
+    model, same = (lavae.channels_last(train.build(run)) for _ in range(2))
 
     def stage1():
         train.stage1(model, images, None, run)
 
     print(f"stage 1 on {4 * n:,} images in batches of {run.batch_size}")
-    in_turn({"bare loop, Adam(fused)": bare_loop, "train.stage1": stage1})
+    bare = bare_loop(same, images.flatten(0, 1), fused_adam)
+    in_turn({"bare loop, Adam(fused)": bare, "train.stage1": stage1})
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something, so not the views of a tensor's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [value.alias_info for value in func._schema.returns if value.alias_info]
+        is_view = any(not alias.is_write for alias in aliases)
+        if func.namespace == "aten" and func.overloadpacket.__name__ != "_unsafe_view":
+            self.count += not is_view
+        return func(*args, **kwargs or {})
+
+
+def operations_of(epoch: Callable) -> int:
+    """How many operations an epoch takes."""
+    with contextlib.redirect_stdout(io.StringIO()), Operations() as operations:
+        epoch()
+    return operations.count
+
+
+def benchmark_operations() -> None:
+    """The operations of a step of training. A GPU waits for the host once for each, and there they
+    are the same: the models here are not in channels_last order."""
+
+    def bare(images, make):
+        return bare_loop(LAVAE(filters=2), images.flatten(0, 1), make)
+
+    def stage1(images, words):
+        run = run_of(f"--epochs 1 --filters 2 --batch-size 128 {words}")
+        model = train.build(run)
+        return lambda: train.stage1(model, images, None, run)
+
+    print("operations a step")
+    for name, epoch_of, given in (
+        ("bare loop, Adam(fused)", bare, fused_adam),
+        ("bare loop, AdaBelief", bare, AdaBelief),
+        ("flips", stage1, ""),
+        ("a turn and a flip", stage1, "--augs rotate_cw flip_lr"),
+        ("as published", stage1, "--as-published"),
+    ):
+        # 32 images are a batch, with 128 views. The first step also makes the optimizer's tensors.
+        two, three = (operations_of(epoch_of(flips(n), given)) for n in (64, 96))
+        print(f"  {name:24} {three - two:8}")
 
 
 def benchmark_recipe(n: int = 2048) -> None:
@@ -214,7 +275,7 @@ def benchmark_adabelief(filters: int, n: int = 100) -> None:
     print(f"{n} steps on the tensors of encoder and decoder, {filters} filters")
     theirs = stepping(adabelief_pytorch.AdaBelief, rectify=False, print_change_log=False)
     jobs = {
-        "AdaBelief": stepping(adabelief.AdaBelief),
+        "AdaBelief": stepping(AdaBelief),
         "adabelief_pytorch": theirs,
         "Adam(foreach)": stepping(torch.optim.Adam, foreach=True),
     }
@@ -244,6 +305,7 @@ def benchmark() -> None:
     print("Median seconds, in turn; then how many times as fast as the first")
     benchmark_adabelief(32)  # before `channels_last` has had a hand in the memory
     benchmark_adabelief(64)
+    benchmark_operations()
     benchmark_stage1()
     benchmark_recipe()
     benchmark_canny()
