@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import combinations, cycle, product
+from itertools import combinations, cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from augment import (
     DATA_DIR,
     ORDERS,
     PAIRS,
+    PARTS,
     Refused,
     all_views,
     box,
@@ -99,7 +100,6 @@ class Run:
     digits: np.ndarray  # uint8 (n, 28, 28), one image of each class
     labels: np.ndarray  # (n,), their classes
     columns: Sequence[str]  # (n,), what these are called
-    seed: int = 0  # of what is sampled
     result: dict = field(default_factory=dict)  # of `measure`
     peers: list["Run"] = field(default_factory=list)  # the rows of its Table I
 
@@ -185,28 +185,58 @@ def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
     return {signs: round(P.trace().item()) for signs, P in projections.items()}
 
 
-def powers(x, maps: Sequence[Callable], exponents: Sequence[int]):
-    """Apply each map to x as many times as its exponent says, the first map first."""
-    return apply_in_order(x, (f for f, n in zip(maps, exponents) for _ in range(n)))
-
-
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The group that augmentations generate: {"rotate_cw^2+flip_lr": (2, 1), ..}, with exponents.
+    """The group that augmentations generate: {"rotate_cw^2+flip_lr": (0, 0, 1), ..}, with the
+    numbers of the augmentations in each product, the first one first.
 
-    Two products are one element if they do the same to a square without symmetry. Empty if one of
-    the augmentations has no order.
+    Two products are one element if they do nearly the same to a picture without symmetry. Empty if
+    one of the augmentations has no order.
     """
-    square, found = np.arange(4, dtype=np.uint8).reshape(1, 2, 2), {}
-    functions = [AUGMENTATIONS[aug] for aug in augs]
-    words = product(*(range(ORDERS.get(aug, 0)) for aug in augs))
-    for exponents in sorted(words, key=lambda word: (max(word), sum(word))):  # views come first
-        found.setdefault(powers(square, functions, exponents).tobytes(), exponents)
-    return {"+".join(written(augs, n)) or "orig": n for n in found.values()}
+    picture, found = np.zeros((1, 28, 28), np.uint8), {}
+    picture[:, 6:22, 8:12] = picture[:, 6:10, 8:20] = 255
+    powers = np.ndindex(*(ORDERS.get(aug, 0) for aug in augs))
+    powers = sorted(powers, key=lambda n: (max(n), sum(n)))  # views come first
+    words = [tuple(np.repeat(range(len(augs)), n)) for n in powers]
+    for word in words:
+        seen = true_picture(picture, augs, word).astype(int)
+        if all(np.abs(seen - other).mean() > 8 for other in found.values()):
+            found[word] = seen
+            words += [(*word, i) for i in range(len(augs))]
+    return {"+".join(written(augs, word)) or "orig": word for word in found}
 
 
-def written(names: Sequence[str], exponents: Sequence[int]) -> list[str]:
-    """The factors of a product: ["rotate_cw^2", "flip_lr"]."""
-    return [f"{name}^{n}" if n > 1 else name for name, n in zip(names, exponents) if n]
+def written(names: Sequence[str], word: Sequence[int]) -> list[str]:
+    """The factors of a product: ["rotate_cw^2", "flip_lr"] for (0, 0, 1)."""
+    factors = [(names[i], len([*same])) for i, same in groupby(word)]
+    return [f"{name}^{n}" if n > 1 else name for name, n in factors]
+
+
+def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -> np.ndarray:
+    """Images (N, 28, 28) under a product of augmentations; two turns are one by twice the angle."""
+    for i, same in groupby(word):
+        aug, n = augs[i], len([*same])
+        once = [AUGMENTATIONS[aug]] * n
+        images = PARTS[aug](images, n) if aug in PARTS else apply_in_order(images, once)
+    return images
+
+
+def parts(model: LAVAE, aug: str, L: Tensor, x: np.ndarray) -> dict[float, dict[str, float]]:
+    """What a part of an augmentation costs, by t: nats between pictures and the truth A^t x.
+
+    "power" draws z L^t and "blend" (1 - t) z + t z L, with z = E(x). "direct" draws the latent of
+    the true picture itself, and "not moved" draws z. x: uint8 (N, 28, 28).
+    """
+    z, found = model.encode(x), {}
+    for t in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+        true = PARTS[aug](x, t)
+        latents = {
+            "power": z @ matrix_power(L, t),
+            "blend": (1 - t) * z + t * z @ L,
+            "direct": model.encode(true),
+            "not moved": z,
+        }
+        found[t] = {name: nats(model.decoder, z_t, true) for name, z_t in latents.items()}
+    return found
 
 
 def group(model: LAVAE) -> dict:
@@ -220,18 +250,6 @@ def group(model: LAVAE) -> dict:
     errors += [(L @ M - M @ L).square().sum() for L, M in combinations(maps, 2)]
     directions = pattern_counts(maps) if max(errors) < 0.25 else None
     return {"eigenvalues": eigenvalues, "directions": directions}
-
-
-def half_way(model: LAVAE, L: Tensor, z: Tensor) -> dict[str, float]:
-    """What half an augmentation does to latents z (N, latent_dim).
-
-    "length": the mean length of z L^(1/2), as a share of z's. "re-encoded": how far
-    E(D(z L^(1/2))) is from z L^(1/2), root mean square, as a share of its length.
-    """
-    half = z @ matrix_power(L, 0.5)
-    away = model.encoder(model.decoder(half).sigmoid())[0] - half
-    length = (half.norm(dim=1) / z.norm(dim=1)).mean().item()
-    return {"length": length, "re-encoded": (away.norm() / half.norm()).item()}
 
 
 def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
@@ -285,17 +303,16 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         return {name: nats(model.decoder, z, v) for name, z, v in zip(names, latents, images)}
 
     encoded = [model.encode(v) for v in images]
-    functions = [AUGMENTATIONS[aug] for aug in model.augs]
-    z, any_to_any, products, half, transfer = encoded[0], {}, {}, {}, {}
+    z, any_to_any, products, part, transfer = encoded[0], {}, {}, {}, {}
     for v, name in enumerate(names):
         any_to_any[name] = each(views(model.from_view(encoded[v], v), model.maps))
-    for name, exponents in elements(model.augs).items():
-        view = powers(x, functions, exponents)
-        products[name] = nats(model.decoder, powers(z, model.maps, exponents), view)
+    for name, word in elements(model.augs).items():
+        mapped_z = apply_in_order(z, [model.maps[i] for i in word])
+        products[name] = nats(model.decoder, mapped_z, true_picture(x, model.augs, word))
     linear = hasattr(model.maps[0], "L")
     for aug, f in zip(model.augs, model.maps):
-        if linear and aug in ORDERS:
-            half[aug] = half_way(model, f.L, evenly(z, 2000))
+        if linear and aug in PARTS:
+            part[aug] = parts(model, aug, f.L, evenly(x, 3000))
 
     train = views(model.encode(evenly(x_train, 20_000)), model.maps)
     correct = correctly_classified(train, mapped)
@@ -312,7 +329,7 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         any_to_any=any_to_any,
         elements=products,
         group=group(model) if linear else None,
-        half=half,
+        parts=part,
         probe_accuracy=correct.double().mean().item(),
         transfer=transfer,
     )
@@ -371,6 +388,9 @@ def report_lavae(run: Run) -> None:
     if len(result["elements"]) > len(names):
         rows = [(name, [value]) for name, value in result["elements"].items()]
         print_table(f"the group; training shows the first {len(names)}", ["nats"], rows)
+    for aug, found in result["parts"].items():
+        rows = [(f"t = {t}", row.values()) for t, row in found.items()]
+        print_table(f"{aug} to the power t, nats", ["L^t", "blend", "direct", "not moved"], rows)
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
         cells = [row[name] for name in columns]
@@ -466,9 +486,7 @@ def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
 def pca(x: np.ndarray, k: int = 2) -> np.ndarray:
     """Principal components, by SVD: (N, d) to the k directions of largest variance, (N, k)."""
     x = x - x.mean(0)
-    directions = np.linalg.svd(x, full_matrices=False)[2][:k]
-    largest = np.abs(directions).argmax(1)  # whose sign is +, so that figures do not flip
-    return x @ (directions * np.sign(directions[np.arange(k), largest])[:, None]).T
+    return x @ np.linalg.svd(x, full_matrices=False)[2][:k].T
 
 
 def fast_ica(x: np.ndarray, k: int = 2, seed: int = 0) -> np.ndarray:
@@ -587,8 +605,7 @@ def chart(
     labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
     colours = dict(zip(labels, cycle(COLOURS)))
     entries = [text(label, colour=colour) for label, colour in colours.items()]
-    widest = max(entry.width for entry in entries) + 16
-    room = max(1, (side + 24) * len(panels[0]) // widest)
+    room = len(panels[0]) + 1
     legend = [entries[i : i + room] for i in range(0, len(entries), room)]
     rows = []
     for row in panels:
@@ -759,7 +776,7 @@ def fig10_projections(run):
 def sampling(run):
     """new digits and their views: z uniform in the bounding box of the training images' latents"""
     z = run.model.encode(evenly(run.data[0], 10_000))
-    share = torch.from_numpy(np.random.default_rng(run.seed).random((10, z.shape[1]), np.float32))
+    share = torch.from_numpy(np.random.default_rng(0).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
     rows = through_maps(run, low + share.to(z) * (high - low))
     return grid("Sampled from the bounding box of the originals' latents", [""] * 10, rows)
@@ -793,18 +810,28 @@ def any_to_any(run):
 
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training"""
-    functions, found = [AUGMENTATIONS[aug] for aug in run.augs], elements(run.augs)
+    found = elements(run.augs)
     require(
         len(found) > len(run.names), "augmentations with more products than views, like rotate_cw"
     )
-    model, z, groups = linear(run), run.model.encode(run.digits), []
-    for name, exponents in found.items():
-        letters = " ".join(["E(x)", *written(run.letters, exponents)])
-        label = name if name in run.names else f"{name}, never shown"
-        drawn = run.draw(powers(z, model.maps, exponents))
-        image = (label, powers(run.digits, functions, exponents))
-        groups.append([image, (f"D({letters})", drawn)])
-    return grid(f"The group of {' and '.join(run.augs)}", run.columns, spaced(groups), cell=56)
+    model, z, heads, rows = linear(run), run.model.encode(run.digits), [], {"true": [], "drawn": []}
+    for name, word in found.items():
+        mark = "" if name in run.names else " *"
+        heads.append("\n".join(written(run.letters, word) or ["I"]) + mark)
+        rows["true"].append(true_picture(run.digits, run.augs, word))
+        rows["drawn"].append(run.draw(apply_in_order(z, [model.maps[i] for i in word])))
+    title = f"{' and '.join(run.augs)}: all products; * not shown in training"
+    return by_digit(run, title, heads, rows)
+
+
+def by_digit(run, title, heads, rows):
+    """A grid with a group of rows for every second digit. rows: for each label a list of pictures
+    of all digits, one for each column."""
+    groups = []
+    for i in range(2 % len(run.digits), len(run.digits), 2):
+        name = run.columns[i]
+        groups.append([(f"{name}: {label}", [x[i] for x in row]) for label, row in rows.items()])
+    return grid(title, heads, spaced(groups))
 
 
 def eigenvalues(run):
@@ -823,32 +850,20 @@ def eigenvalues(run):
 
 
 def partial_augmentation(run):
-    """half an augmentation: L^t beside the blend (1 - t) I + t L"""
-    z, L = run.model.encode(run.digits), linear(run).maps[0].L
-    ts, groups = np.linspace(0, 1, 9).tolist(), []
-    powers = [run.draw(z @ matrix_power(L, t)) for t in ts]
-    blends = [run.draw((1 - t) * z + t * z @ L) for t in ts]
-    for i in range(2 % len(run.digits), len(run.digits), 2):
-        rows = []
-        for label, drawn in (("L^t", powers), ("(1 - t) I + t L", blends)):
-            rows.append((f"{run.columns[i]}: {label}", [pictures[i] for pictures in drawn]))
-        groups.append(rows)
-    return grid(f"Part of {run.augs[0]}", [f"t = {t:.2f}" for t in ts], spaced(groups))
-
-
-def reconstructions(run):
-    """reconstructions beside their inputs"""
-    x, groups = evenly(run.data[2], 40), []
-    drawn = run.draw(run.model.encode(x))
-    for i in range(0, len(x), 10):
-        groups.append([("x", x[i : i + 10]), ("D(E(x))", drawn[i : i + 10])])
-    return grid("Test images, and D(E(x)) beneath", [""] * 10, spaced(groups))
+    """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L"""
+    z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
+    ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
+    if aug in PARTS:
+        rows["true"] = [PARTS[aug](run.digits, t) for t in ts]
+    rows["L^t"] = [run.draw(z @ matrix_power(L, t)) for t in ts]
+    rows["(1 - t) I + t L"] = [run.draw((1 - t) * z + t * z @ L) for t in ts]
+    return by_digit(run, f"Part of {aug}", [f"t = {t:.2f}" for t in ts], rows)
 
 
 def prior_samples(run):
     """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them"""
     shape = 60, run.model.latent_dim
-    z = torch.from_numpy(np.random.default_rng(run.seed).standard_normal(shape, np.float32))
+    z = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
     drawn = run.draw(z.to(run.model.encoder.device))
     rows = [("", drawn[i : i + 10]) for i in range(0, 60, 10)]
     return grid("Samples of the prior, z ~ N(0, I)", [""] * 10, rows)
@@ -930,7 +945,7 @@ def page(run, steps=20):
 # NotAvailable where the run lacks what it needs. --list prints the docstrings.
 ALL = [fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae]
 ALL += [fig10_projections, sampling, interpolation, any_to_any, group_elements, eigenvalues]
-ALL += [partial_augmentation, reconstructions, prior_samples, traversals]
+ALL += [partial_augmentation, prior_samples, traversals]
 ALL += [latent_plane, training_curves, page]
 FIGURES: dict[str, Callable] = {f.__name__: f for f in ALL}
 OF_CVAES = (fig8_cvae, fig9_paired_cvae, training_curves)  # the others need a LAVAE
@@ -988,7 +1003,6 @@ def parser_of() -> argparse.ArgumentParser:
         type=int,
         help="the classes that the figures show, by number (default: the first ten)",
     )
-    add("--seed", type=int, default=0, help="of what is sampled (default 0)")
     add(
         "--image",
         nargs="+",
@@ -1061,7 +1075,7 @@ def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Nam
         names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
         shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
         digits = one_of_each(x[shown], y[shown])
-    return Run(folder, model, data, digits, labels, columns, options.seed)
+    return Run(folder, model, data, digits, labels, columns)
 
 
 def evaluate(runs: Sequence[Run], tables: Iterable[Sequence[Run]]) -> None:

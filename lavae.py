@@ -256,7 +256,7 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def power(self, x: Tensor, name: str, t: float) -> Tensor:
-        """A part of an augmentation, D(E(x) L^t) with 0 <= t <= 1, see `matrix_power`."""
+        """A part of an augmentation, or more than it: D(E(x) L^t), see `matrix_power`."""
         f = self._map(name)
         if not hasattr(f, "L"):
             raise ValueError("only a matrix has powers: train without --latent-map")
@@ -437,7 +437,10 @@ def order_error(L: Tensor, order: int | None) -> Tensor:
 
 
 def matrix_power(L: Tensor, t: float) -> Tensor:
-    """L^t for a real matrix (d, d). It is real and continuous in t, I at t = 0 and L at t = 1.
+    """L^t for a real matrix (d, d): I at t = 0, L at t = 1, and real and continuous between them.
+
+    For other t, whole powers of L are multiplied by one of these: L^(3/2) is L L^(1/2), and
+    L^(-1/2) is L^-1 L^(1/2).
 
     A plane that L rotates by an angle is rotated by t times this angle. A direction that L reverses
     (an eigenvalue near -1) has no real power of its own. Two of them together span a plane, which
@@ -446,7 +449,8 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
 
     Raises ValueError: L has no full set of eigenvectors, like [[1, 1], [0, 1]].
     """
-    M = L.cpu().double()
+    M, whole = L.cpu().double(), math.floor(t)
+    t -= whole
     values, vectors = torch.linalg.eig(M)
     back = torch.linalg.inv_ex(vectors).inverse
     if not torch.allclose((vectors * values @ back).real, M, atol=1e-6):
@@ -462,7 +466,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
             turns.append(torch.tensor([[1 - 2 * t]]))
         rest = matrix_power(-U.T @ M @ U, t)
         power += U @ torch.block_diag(*turns).double() @ rest @ U.T @ P
-    return power.to(L)
+    return (torch.linalg.matrix_power(M, whole) @ power).to(L)
 
 
 # ---------------------------------------------------------------- ablations: each changes one thing
