@@ -910,7 +910,7 @@ def training_curves(run):
     return chart("Training", [panels], axes=True)
 
 
-def page(run, steps=20):
+def page(run):
     """a page for the browser (HTML): draw a digit, and see what the maps make of it"""
     model, tensors = linear(run), {}
 
@@ -922,12 +922,13 @@ def page(run, steps=20):
             t = t[: model.latent_dim]  # the rows of mu; logvar is not needed
         if not name.startswith("maps"):
             tensors[name] = [list(t.shape), halves(t)]
-    maps = []
+    maps, values = [], group(model)["eigenvalues"]
     for aug, f in zip(model.augs, model.maps):
         inverse = f.inverse(torch.eye(model.latent_dim).to(f.L))
-        parts = torch.stack([matrix_power(f.L, t / steps) for t in range(steps + 1)])
+        parts = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
         L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
-        maps.append({"name": aug, "L": L, "inverse": back, "powers": halves(parts)})
+        one = {"name": aug, "L": L, "inverse": back, "powers": halves(parts)}
+        maps.append(one | {"eigenvalues": values[aug]})
     content = {
         "latent_dim": model.latent_dim,
         "entry": model.arguments["entry"],
