@@ -455,7 +455,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     back = torch.linalg.inv_ex(vectors).inverse
     if not torch.allclose((vectors * values @ back).real, M, atol=1e-6):
         raise ValueError("this matrix has no full set of eigenvectors, so its powers are not known")
-    reverses = values.angle().abs() > 0.75 * math.pi  # learnt eigenvalues are only near -1
+    reverses = values.angle().abs() > 0.9 * math.pi  # learnt eigenvalues are only near -1
     power = (vectors * torch.where(reverses, 0, values**t) @ back).real
     if n := int(reverses.sum()):
         P = (vectors * reverses @ back).real  # the projection to the n reversed directions
