@@ -75,12 +75,13 @@ def rotate_ccw(images: np.ndarray) -> np.ndarray:
 def rotate_30(images: np.ndarray, degrees: float = 30.0) -> np.ndarray:
     """Turn clockwise about the centre. Order 12; its inverse turns by -30 degrees.
 
-    The grey is interpolated between four pixels, and outside the image it is zero. So twelve turns
-    in a row give the image back, but smoother. (The paper has no such augmentation.)
+    The grey is interpolated between four pixels, and outside the image it is zero. So twelve turns,
+    one after the other, give the image back, but smoother and without what left it. A pixel is a
+    complex number x + i y here: a turn multiplies it. (The paper has no such augmentation.)
     """
     y, x = np.indices(_checked(images).shape[1:]).reshape(2, -1)
     at = x + 1j * y
-    at -= at.mean()  # of each pixel, from the centre
+    at -= at.mean()  # the place of each pixel, from the centre
     source = at * np.exp(-1j * math.radians(degrees))  # where a new pixel comes from
     away = source - at[:, None]  # from each pixel (row), for each new pixel (column)
     weights = np.maximum(0, 1 - np.abs(away.real)) * np.maximum(0, 1 - np.abs(away.imag))
@@ -275,14 +276,16 @@ ORDERS = {  # k with A^k x = x, if any
     "rotate_ccw": 4,
     "rotate_30": 12,
 }
+SLOPE = math.tan(math.radians(-47.5))  # of shear_x
 PARTS = {  # A^t x, from images and t >= 0, where a part of an augmentation has a meaning
     "rotate_cw": lambda images, t: rotate_30(images, 90 * t),
     "rotate_ccw": lambda images, t: rotate_30(images, -90 * t),
     "rotate_30": lambda images, t: rotate_30(images, 30 * t),
     "shear_x": lambda images, t: shear_x(images, math.degrees(math.atan(t * SLOPE))),
-    "gaussian_blur": lambda images, t: gaussian_blur(images, max(0.001, math.sqrt(t))),
+    "gaussian_blur": lambda images, t: gaussian_blur(
+        images, max(0.001, math.sqrt(t))
+    ),  # variances add
 }
-SLOPE = math.tan(math.radians(-47.5))  # of shear_x
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:

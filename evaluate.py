@@ -189,15 +189,15 @@ def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The group that augmentations generate: {"rotate_cw^2+flip_lr": (0, 0, 1), ..}, with the
     numbers of the augmentations in each product, the first one first.
 
-    Two products are one element if they do nearly the same to a picture without symmetry. Empty if
-    one of the augmentations has no order.
+    Two products are one element if they do nearly the same to a picture without symmetry: 8 of 255
+    grey levels are more than interpolation makes. Empty if one of the augmentations has no order.
     """
     picture, found = np.zeros((1, 28, 28), np.uint8), {}
     picture[:, 6:22, 8:12] = picture[:, 6:10, 8:20] = 255
     powers = np.ndindex(*(ORDERS.get(aug, 0) for aug in augs))
     powers = sorted(powers, key=lambda n: (max(n), sum(n)))  # views come first
     words = [tuple(np.repeat(range(len(augs)), n)) for n in powers]
-    for word in words:
+    for word in words:  # they grow, until no product of a new one and an augmentation is new
         seen = true_picture(picture, augs, word).astype(int)
         if all(np.abs(seen - other).mean() > 8 for other in found.values()):
             found[word] = seen
@@ -212,11 +212,12 @@ def written(names: Sequence[str], word: Sequence[int]) -> list[str]:
 
 
 def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -> np.ndarray:
-    """Images (N, 28, 28) under a product of augmentations; two turns are one by twice the angle."""
+    """Images (N, 28, 28) under a product of augmentations. Equal neighbours are done in one step,
+    two turns as one of twice the angle, so that the picture is interpolated once."""
     for i, same in groupby(word):
         aug, n = augs[i], len([*same])
-        once = [AUGMENTATIONS[aug]] * n
-        images = PARTS[aug](images, n) if aug in PARTS else apply_in_order(images, once)
+        repeated = [AUGMENTATIONS[aug]] * n
+        images = PARTS[aug](images, n) if aug in PARTS else apply_in_order(images, repeated)
     return images
 
 
@@ -385,12 +386,16 @@ def report_lavae(run: Run) -> None:
     if result["group"]:
         directions = result["group"]["directions"] or "not in common"
         print(f"latent directions that {' and '.join(run.augs)} keep (+) or reverse: {directions}")
-    if len(result["elements"]) > len(names):
+    if {*result["elements"]} - {*names}:
         rows = [(name, [value]) for name, value in result["elements"].items()]
-        print_table(f"the group; training shows the first {len(names)}", ["nats"], rows)
+        print_table(f"the group; training shows {', '.join(names)}", ["nats"], rows)
     for aug, found in result["parts"].items():
         rows = [(f"t = {t}", row.values()) for t, row in found.items()]
-        print_table(f"{aug} to the power t, nats", ["L^t", "blend", "direct", "not moved"], rows)
+        print_table(
+            f"{aug} to the power t, nats, at most 3,000 images",
+            ["L^t", "blend", "direct", "not moved"],
+            rows,
+        )
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
         cells = [row[name] for name in columns]
@@ -811,12 +816,11 @@ def any_to_any(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training"""
     found = elements(run.augs)
-    require(
-        len(found) > len(run.names), "augmentations with more products than views, like rotate_cw"
-    )
+    unseen = {*found} - {*run.names}
+    require(bool(unseen), "augmentations with more products than views, like rotate_cw")
     model, z, heads, rows = linear(run), run.model.encode(run.digits), [], {"true": [], "drawn": []}
     for name, word in found.items():
-        mark = "" if name in run.names else " *"
+        mark = " *" if name in unseen else ""
         heads.append("\n".join(written(run.letters, word) or ["I"]) + mark)
         rows["true"].append(true_picture(run.digits, run.augs, word))
         rows["drawn"].append(run.draw(apply_in_order(z, [model.maps[i] for i in word])))
@@ -825,12 +829,13 @@ def group_elements(run):
 
 
 def by_digit(run, title, heads, rows):
-    """A grid with a group of rows for every second digit. rows: for each label a list of pictures
-    of all digits, one for each column."""
+    """A grid with a group of rows for every second digit, so that it fits on a slide. rows: {label:
+    [pictures of all digits, for each column]}."""
     groups = []
     for i in range(2 % len(run.digits), len(run.digits), 2):
-        name = run.columns[i]
-        groups.append([(f"{name}: {label}", [x[i] for x in row]) for label, row in rows.items()])
+        groups.append(
+            [(f"{run.columns[i]}: {label}", [x[i] for x in row]) for label, row in rows.items()]
+        )
     return grid(title, heads, spaced(groups))
 
 
@@ -857,7 +862,7 @@ def partial_augmentation(run):
         rows["true"] = [PARTS[aug](run.digits, t) for t in ts]
     rows["L^t"] = [run.draw(z @ matrix_power(L, t)) for t in ts]
     rows["(1 - t) I + t L"] = [run.draw((1 - t) * z + t * z @ L) for t in ts]
-    return by_digit(run, f"Part of {aug}", [f"t = {t:.2f}" for t in ts], rows)
+    return by_digit(run, f"Part of {aug}, by t", [f"{t:g}" for t in ts], rows)
 
 
 def prior_samples(run):
