@@ -405,10 +405,11 @@ def report_lavae(run: Run) -> None:
 
 
 def scalars(result: dict, prefix: str = "") -> dict[str, float]:
-    """The numbers of a result by name, "direct, total", but for those of its large tables."""
+    """The numbers of a result by name, "direct, total", but for those of its large tables, and for
+    those of the views that a probe names rightly or wrongly, because there may be none."""
     found = {}
     for name, value in result.items():
-        if isinstance(value, float):
+        if isinstance(value, float) and "classified" not in name:
             found[prefix + name] = value
         elif isinstance(value, dict) and name not in ("any_to_any", "elements", "group"):
             found |= scalars(value, f"{prefix}{name}, ")
