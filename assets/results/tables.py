@@ -272,8 +272,8 @@ def heatmap_parts():
     parts["heat_below"] = below_paper(rows)
     parts["heat_published_below"] = below_paper(published)
 
-    probe = []
-    for source, runs in found.items():
+    probe, again = [], {"flip_lr+flip_ud": results("flips"), "rotate_cw+flip_lr": results("turns")}
+    for source, runs in (found | again).items():
         accuracy = f"{100 * mean(one['probe_accuracy'] for one in runs):.1f}%"
         (further,) = results(f"more-{source}")
         totals = [further["transfer"]["+".join(pair)]["total"] for pair in MORE_TARGETS]
@@ -286,7 +286,7 @@ def heatmap_parts():
     pairs = f"{source} to {target}".replace("+", ", ")
     parts["heat_above"] = f"{pairs}, with {seeds} where the paper has {paper:.0f}"
 
-    heads = [one["transfer"]["shear_x+canny"] for one in found["flip_lr+flip_ud"]]
+    heads = [one["transfer"]["shear_x+canny"] for one in again["flip_lr+flip_ud"]]
     right, wrong = (
         mean(head[f"{word}_classified"] for head in heads) for word in ("correctly", "wrongly")
     )
