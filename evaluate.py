@@ -931,9 +931,9 @@ def page(run):
     maps, values = [], group(model)["eigenvalues"]
     for aug, f in zip(model.augs, model.maps):
         inverse = f.inverse(torch.eye(model.latent_dim).to(f.L))
-        parts = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
+        powers = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
         L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
-        one = {"name": aug, "L": L, "inverse": back, "powers": halves(parts)}
+        one = {"name": aug, "L": L, "inverse": back, "powers": halves(powers)}
         maps.append(one | {"eigenvalues": values[aug]})
     content = {
         "latent_dim": model.latent_dim,
