@@ -166,7 +166,6 @@ class LAVAE(nn.Module):
         head: "gated", or "plain" for heads like the first decoder, as in the paper.
         entry: of all decoders, see `Decoder`.
         orders: of the augmentations, see `order_error`; None for all of them by default.
-        least_squares: stage 1 has the loss `least_squares_equivariance_loss`, an ablation.
         joint: the ablation of stages 1 and 2 together, Eq. 6 with the model's maps is in the loss
             of stage 1. "identity": the maps start at I and learn in stage 1. "signs": they stay
             diagonals of +1 and -1, with each pattern of signs equally often.
@@ -188,7 +187,6 @@ class LAVAE(nn.Module):
         head: str = "gated",
         entry: str = "relu",
         orders: Sequence[int | None] | None = None,
-        least_squares: bool = False,
         joint: str | None = None,
     ):
         arguments = without_self(locals())
@@ -196,7 +194,7 @@ class LAVAE(nn.Module):
         self.arguments, self.augs = arguments, list(augs)
         self.transfers = [list(names) for names in transfers]
         self.orders = list(orders or [None] * len(self.augs))
-        self.latent_dim, self.least_squares, self.joint = latent_dim, least_squares, joint
+        self.latent_dim, self.joint = latent_dim, joint
         self.stage1_views = [0] if originals_only else range(2 ** len(self.augs))
         self.encoder = Encoder(latent_dim, filters)
         self.decoder = Decoder(latent_dim, filters, entry=entry)
@@ -385,20 +383,6 @@ def polar(X: Tensor, rounds: int = 16) -> Tensor:
 def polar_step(X: Tensor, scale: float = 1.0) -> Tensor:
     """(3 Y - Y Y^T Y) / 2 with Y = scale X: each singular value s of Y becomes (3 s - s^3) / 2."""
     return torch.baddbmm(X, X, X.mT @ X, beta=1.5 * scale, alpha=-0.5 * scale**3)
-
-
-def least_squares_equivariance_loss(z: Tensor, *augmented: Tensor) -> Tensor:
-    """`equivariance_loss` with --paper-involution: Q_i is the least-squares matrix from E(x) to
-    E(A_i x), of any kind. It may shrink a latent, and then Q_i^k is not the identity.
-
-    z: E(x); augmented: E(A_1 x) to E(A_K x), (B, d) each.
-    """
-    targets = torch.cat(augmented, 1)  # (B, K d), for L_1 .. L_K side by side, (d, K d)
-    with torch.no_grad():
-        G = z.T @ z
-        G.diagonal().add_(1e-3 * G.diagonal().mean())  # at first latents may be collapsed to zero
-        L = torch.linalg.inv_ex(G).inverse @ (z.T @ targets)  # `inv` would wait for the device
-    return (z @ L - targets).square().sum() / z.numel()
 
 
 def moments(z: Tensor, z_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,7 @@ def stage1(
     equivariance = run.equivariance_weight and n_views > 1
     single_views = run.recipe == "published" and isinstance(model, LAVAE)
 
-    def losses_of(index, t):
+    def losses_of(index, weights):
         if single_views:  # index counts all images of the first view, then of the second, ..
             x = images[shown[index // n], index % n][None]
         else:
@@ -94,11 +94,11 @@ def stage1(
         logits, mu, logvar = model(x, noise, None if labels is None else labels[index])
         prior = lavae.kl(mu, logvar) if run.prior_loss == "kl" else lavae.mmd(mu, logvar, noise)
         losses = {"bce": bce(logits, x.flatten(0, 1)), "kl": prior}
-        kl_weight, equivariance_weight = weights_at(t, run)
-        loss = torch.add(losses["bce"], prior, alpha=kl_weight)
+        kl_weight, equivariance_weight = weights
+        loss = losses["bce"] + kl_weight * prior
         if equivariance:
             error = losses["equivariance"] = latent_loss(model, mu.unflatten(0, x.shape[:2]), run)
-            loss = torch.add(loss, error, alpha=equivariance_weight)
+            loss = loss + equivariance_weight * error
         return {"loss": loss, **losses}
 
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
@@ -132,14 +132,11 @@ def weights_at(t: float, run: Namespace) -> tuple[float, float]:
 def latent_loss(model: LAVAE, z: Tensor, run: Namespace) -> Tensor:
     """The loss of a batch's latents in stage 1, z (2^K, B, latent_dim) of all views.
 
-    It is `lavae.equivariance_loss`, but for two ablations: Eq. 6 with the model's own maps for a
-    model with joint stages, else `lavae.least_squares_equivariance_loss` with --paper-involution.
+    It is `lavae.equivariance_loss`, but with joint stages Eq. 6 with the model's own maps.
     """
     if model.joint:
         pairs = original_and_singles(z)
         return lavae.maps_loss(model.maps, model.orders, run.involution_weight, *pairs)
-    if model.least_squares:
-        return lavae.least_squares_equivariance_loss(*original_and_singles(z))
     return lavae.equivariance_loss(z, model.orders)
 
 
@@ -195,7 +192,7 @@ def stage2_ablations(
     """
     print(f"stage 2: maps of the kind {type(model.maps[0]).__name__}")
 
-    def losses_of(index, t):
+    def losses_of(index, weights):
         pairs = [z[index] for z in latents]
         return {"loss": lavae.maps_loss(model.maps, model.orders, run.involution_weight, *pairs)}
 
@@ -223,7 +220,7 @@ def stage3(
     print(f"stage 3: a new decoder learns {key} from the same latents")
     head = model.heads[key]
 
-    def losses_of(index, t):
+    def losses_of(index, weights):
         x = pixels(images[:, index], z.dtype).flatten(0, 1)
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
@@ -239,7 +236,7 @@ def stage3(
 
 def fit(
     stage: str,
-    losses_of: Callable[[Tensor, float], dict[str, Tensor]],
+    losses_of: Callable[[Tensor, Tensor], dict[str, Tensor]],
     parameters: list[Tensor],
     batches: "Batches",
     epochs: int,
@@ -248,17 +245,27 @@ def fit(
     checkpoint: "Checkpoint | None" = None,
     noise: torch.Generator | None = None,
 ) -> list[dict]:
-    """The training loop: minimise losses_of(index, t)["loss"] with AdaBelief.
+    """The training loop: minimise losses_of(index, weights)["loss"] with AdaBelief.
 
     Args:
-        losses_of: of the images of these numbers, when the fraction t of all steps is done.
+        losses_of: of the images of these numbers, with the weights of `weights_at`.
         lr: the peak of `one_cycle`; with --recipe published the constant learning rate.
         checkpoint: go on after the last epoch that it holds of this stage; save each epoch to it.
-        noise: the generator that losses_of draws from, for the checkpoint.
+        noise: the generator that losses_of draws from.
 
     Returns the history, a dict for each epoch. Raises FloatingPointError: a loss is not finite.
     """
     optimizer, history = AdaBelief(parameters), []
+    device = parameters[0].device
+
+    def step_of(index, weights):
+        losses = losses_of(index, weights)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    if device.type == "cuda":
+        step_of = Recorded(step_of, parameters, noise)
     generators = [batches.shuffle, noise or batches.shuffle]  # without noise one, twice
     state = (parameters, optimizer, generators, history)
     if checkpoint:
@@ -269,12 +276,11 @@ def fit(
             t = (step + 0.5) / (epochs * len(batches))
             rate = 1 if run.recipe == "published" else one_cycle(t)
             optimizer.param_groups[0]["lr"] = lr * rate
-            losses = losses_of(index.to(parameters[0].device), t)
-            optimizer.zero_grad()
-            losses["loss"].backward()
+            weights = torch.tensor(weights_at(t, run), device=device)
+            losses = step_of(index.to(device), weights)
             optimizer.step()
             # They stay on the device until the epoch ends: to fetch them is to wait for it.
-            all_losses.append(torch.stack([*losses.values()]).detach())
+            all_losses.append(torch.stack([*losses.values()]))
             sizes.append(len(index))
             if sys.stdout.isatty() and len(sizes) % 50 == 0:
                 print(f"  {len(sizes) / len(batches):.0%}", end="\r", flush=True)
@@ -285,6 +291,47 @@ def fit(
         if checkpoint:
             checkpoint.save(stage, *state)
     return history
+
+
+class Recorded:
+    """A step as a CUDA graph: the host starts it as one operation, where it started a hundred.
+
+    step_of(index, weights) returns losses, and leaves gradients in the parameters. A graph always
+    uses the same memory. So each size of a batch has its own, and what it reads is copied to where
+    it was recorded. The first three steps run as they are, and those that cannot be recorded (they
+    wait for the device, or make a tensor on the host) always do.
+    """
+
+    def __init__(self, step_of: Callable, parameters: list[Tensor], noise: torch.Generator | None):
+        self.step_of, self.parameters, self.noise = step_of, parameters, noise
+        self.graphs, self.not_recorded = {}, 3
+
+    def __call__(self, *given: Tensor) -> dict[str, Tensor]:
+        size = len(given[0])
+        if not self.not_recorded and size not in self.graphs:
+            try:
+                self.graphs[size] = self.record([tensor.clone() for tensor in given])
+            except RuntimeError as error:
+                print(f"  slower, without a CUDA graph: {str(error).splitlines()[0]}")
+                self.not_recorded = math.inf
+        if self.not_recorded:
+            self.not_recorded -= 1
+            return self.step_of(*given)
+        graph, read, losses, gradients = self.graphs[size]
+        torch._foreach_copy_(read, given)
+        graph.replay()
+        for p, gradient in zip(self.parameters, gradients):
+            p.grad = gradient
+        return losses
+
+    def record(self, read: list[Tensor]) -> tuple:
+        """The graph, what it reads, and what it leaves: losses and gradients."""
+        graph = torch.cuda.CUDAGraph()
+        if self.noise:
+            graph.register_generator_state(self.noise)
+        with torch.cuda.graph(graph):
+            losses = self.step_of(*read)
+        return graph, read, losses, [p.grad for p in self.parameters]
 
 
 def one_cycle(t: float) -> float:
@@ -411,7 +458,6 @@ def build(run: Namespace, classes: int = 10) -> LAVAE | CVAE:
         originals_only=run.model == "vae",
         head=run.head or "plain",
         orders=[2 if run.paper_involution else ORDERS.get(aug) for aug in run.augs],
-        least_squares=run.paper_involution,
         joint=run.joint,
         **size,
     )
@@ -681,7 +727,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--filters", type=number(int, 1, 512), help="of the first convolution")
     add(
         "--latent-dim",
-        type=number(int, 1, 512),
+        type=number(int, 2, 512),
         default=16,
         help="numbers in a latent (default 16)",
     )
@@ -723,9 +769,8 @@ def parser_of() -> argparse.ArgumentParser:
         "--paper-involution",
         action="store_true",
         default=None,
-        help="the order k = 2 for all augmentations, as in the paper; an equivariance loss then\n"
-        "uses least-squares matrices. Default: the true order, 2 for flips, 4 for turns;\n"
-        "where there is none, as for canny, the term is |I - L L^T|^2 / 100",
+        help="the order k = 2 for all augmentations, as in the paper. Default: the true order,\n"
+        "2 for flips, 4 for turns; where there is none, as for canny, |I - L L^T|^2 / 100",
     )
     add(
         "--prior-loss",
