@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import combinations, cycle, groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ from augment import (
     view_names,
     views,
 )
-from lavae import BLOCK, CVAE, LAVAE, apply_in_order, matrix_power, order_error, pixels
+from lavae import BLOCK, CVAE, LAVAE, apply_in_order, matrix_power, pixels
 
 OWN_OPTIONS = ("model", "condition", "latent_map", "joint", "involution_weight")  # of some models
 OWN_OPTIONS += ("paper_involution", "equivariance_weight", "head", "transfer", "transfer_epochs")
@@ -105,13 +105,15 @@ class Run:
 
     def __post_init__(self):
         """names: of the views. products: what follows z in the formula of each view, and last in
-        that of the reverse composition: "", " L1", " L2", " L1 L2", " L2 L1"."""
+        that of the reverse composition, if there are two maps: "", " L1", " L2", " L1 L2",
+        " L2 L1"."""
         self.settings, self.augs = self.model.settings, self.model.augs
         self.kind, self.dataset = self.settings["model"], self.settings["dataset"]
         self.names = view_names(self.augs)
         self.letters = [f"L{i}" for i in range(1, len(self.augs) + 1)]
         self.products = views("", [lambda s, L=L: f"{s} {L}" for L in self.letters])
-        self.products.append(" " + " ".join(reversed(self.letters)))
+        if len(self.augs) > 1:
+            self.products.append(" " + " ".join(reversed(self.letters)))
 
     @torch.no_grad()
     def draw(self, z: Tensor, decoder: nn.Module | None = None) -> np.ndarray:
@@ -166,23 +168,6 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
 def reverse(model: LAVAE, z: Tensor) -> Tensor:
     """z L_K .. L_2 L_1: all maps, in the reverse order of the last view."""
     return apply_in_order(z, reversed(model.maps))
-
-
-def pattern_counts(maps: Sequence[Tensor]) -> dict[str, int]:
-    """How many latent directions each pattern of signs has: {"++": 5, "-+": 4, ..}.
-
-    "+" is an eigenvalue 1 and "-" is -1, a sign for each map. For involutions (d, d) that commute,
-    the product of the projections (I +- L_i) / 2 is the projection to a joint eigenspace, and its
-    trace is the dimension of this space.
-    """
-    unit = torch.eye(len(maps[0]), dtype=maps[0].dtype)
-    projections = {"": unit}
-    for L in maps:
-        longer = {}
-        for signs, P in projections.items():
-            longer[signs + "+"], longer[signs + "-"] = P @ (unit + L) / 2, P @ (unit - L) / 2
-        projections = longer
-    return {signs: round(P.trace().item()) for signs, P in projections.items()}
 
 
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -241,16 +226,12 @@ def parts(model: LAVAE, aug: str, L: Tensor, x: np.ndarray) -> dict[float, dict[
 
 
 def group(model: LAVAE) -> dict:
-    """What the maps keep: "eigenvalues" of each, as [real, imaginary], and "directions", the
-    `pattern_counts`, or None where the maps are no commuting involutions."""
-    maps, eigenvalues = [f.L.cpu().double() for f in model.maps], {}
-    for aug, L in zip(model.augs, maps):
-        values = torch.view_as_real(torch.linalg.eigvals(L))
-        eigenvalues[aug] = sorted(values.tolist())
-    errors = [order_error(L, 2) for L in maps]
-    errors += [(L @ M - M @ L).square().sum() for L, M in combinations(maps, 2)]
-    directions = pattern_counts(maps) if max(errors) < 0.25 else None
-    return {"eigenvalues": eigenvalues, "directions": directions}
+    """The "eigenvalues" of each map, by its augmentation, as [real, imaginary]."""
+    found = {}
+    for aug, f in zip(model.augs, model.maps):
+        values = torch.linalg.eigvals(f.L.cpu().double())
+        found[aug] = sorted(torch.view_as_real(values).tolist())
+    return {"eigenvalues": found}
 
 
 def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
@@ -324,8 +305,10 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         row["correctly_classified"] = bces[correct].mean().item() if correct.any() else None
         row["wrongly_classified"] = None if correct.all() else bces[~correct].mean().item()
         transfer[key] = row
+    if len(model.augs) > 1:
+        true = all_views(x, model.augs[::-1])[-1]
+        result["reverse"] = nats(model.decoder, reverse(model, z), true)
     return result | dict(
-        reverse=nats(model.decoder, reverse(model, z), images[-1]),
         direct=with_total(each(encoded)),
         any_to_any=any_to_any,
         elements=products,
@@ -381,11 +364,9 @@ def report_lavae(run: Run) -> None:
         rows.append((f"from {name}", with_total(row).values()))
     rows.append(("direct, D(E(view))", result["direct"].values()))
     print_table(f"{run.folder}, any view to any", [*names, "total"], rows)
-    print(f"reverse composition: {result['reverse']:.2f}")
+    if "reverse" in result:
+        print(f"reverse order, {'+'.join(run.augs[::-1])}: {result['reverse']:.2f}")
     print(f"a probe names the view of a latent, z L, with {result['probe_accuracy']:.1%} accuracy")
-    if result["group"]:
-        directions = result["group"]["directions"] or "not in common"
-        print(f"latent directions that {' and '.join(run.augs)} keep (+) or reverse: {directions}")
     if {*result["elements"]} - {*names}:
         rows = [(name, [value]) for name, value in result["elements"].items()]
         print_table(f"the group; training shows {', '.join(names)}", ["nats"], rows)
@@ -554,7 +535,7 @@ class NotAvailable(Refused):
     """A run cannot have this figure. The message says what it would need."""
 
 
-def require(there: bool, what: str) -> None:
+def require(there: object, what: str) -> None:
     """Raises NotAvailable: what a figure needs is not there."""
     if not there:
         raise NotAvailable(f"needs {what}")
@@ -566,16 +547,10 @@ def linear(run: Run) -> LAVAE:
     return run.model
 
 
-def planar(run: Run) -> LAVAE:
-    """The LAVAE of a run. Raises NotAvailable: its latents cannot be drawn in a plane."""
-    require(run.model.latent_dim >= 2, "latents of two numbers or more: another --latent-dim")
-    return run.model
-
-
 def through_maps(
     run: Run, z: Tensor, formula: str = "D(z{})", decoder: nn.Module | None = None
 ) -> list[tuple[str, np.ndarray]]:
-    """Draw latents (N, latent_dim) as each view, and last in the reverse composition.
+    """Draw latents (N, latent_dim) as each view, and last in the reverse composition, if any.
 
     Returns rows of a grid, (formula, pictures). decoder: a head, instead of the first decoder.
     """
@@ -667,8 +642,10 @@ def round_ticks(top: float, most: int = 6) -> np.ndarray:
 def fig3_views(run):
     """Fig. 3: every view drawn from the original's latent"""
     drawn = through_maps(run, run.model.encode(run.digits), "D(E(x){})")
-    formula, pictures = drawn[-1]
-    rows = [*view_rows(run.augs, run.digits, drawn), None, (f"reverse {formula}", pictures)]
+    rows = view_rows(run.augs, run.digits, drawn)
+    if len(run.augs) > 1:
+        true = all_views(run.digits, run.augs[::-1])[-1]
+        rows += [None, ("+".join(run.augs[::-1]), true), drawn[-1]]
     return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, rows)
 
 
@@ -687,7 +664,7 @@ def fig4_inverses(run):
 
 def fig5_recursion(run):
     """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane"""
-    model, path, rows = planar(run), [run.model.encode(run.digits)], [("x", run.digits)]
+    model, path, rows = run.model, [run.model.encode(run.digits)], [("x", run.digits)]
     for k in range(1, 8):
         drawn = run.draw(model.maps[0](path[-1]))
         rows.append((f"round {k}", drawn))
@@ -718,7 +695,7 @@ def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
 def fig6_transfer(run):
     """Fig. 6: the same latents drawn by the decoder of each transfer"""
     model, z, pages = run.model, run.model.encode(run.digits), {}
-    require(bool(model.transfers), "a transfer: train with --transfer")
+    require(model.transfers, "a transfer: train with --transfer")
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
         rows = view_rows(augs, run.digits, through_maps(run, z, "D_B(E(x){})", head))
         title = f"Same latents, new decoder: {' and '.join(run.augs)} to {' and '.join(augs)}"
@@ -748,7 +725,7 @@ def fig9_paired_cvae(run):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
     require(run.kind == "cvae-paired", "a run of --model cvae-paired")
     others = [peer.model for peer in run.peers if peer.kind == "lavae"]
-    require(bool(others), "the LAVAE of the same options: name its folder, too")
+    require(others, "the LAVAE of the same options: name its folder, too")
     drawn = []
     for label, model in (("CVAE", run.model), ("LAVAE", others[0])):
         latents = latents_of_views(model, run.digits, run.labels)
@@ -763,7 +740,7 @@ def fig10_projections(run):
     x = evenly(run.data[2], min(200, most))
     images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
-    mapped = views(latents[0], planar(run).maps)
+    mapped = views(latents[0], run.model.maps)
     clouds = {
         "images": [pixels(torch.from_numpy(view)).flatten(1) for view in images],
         "latents E(view)": latents,
@@ -776,7 +753,9 @@ def fig10_projections(run):
             found = projected(dict(zip(run.names, parts)), project)
             series = [(label, points, "dots") for label, points in found]
             rows[-1].append((f"{cloud}, {name}", series))
-    return chart(f"{len(x)} test digits, all views", rows, side=260)
+    return chart(
+        f"{len(x)} test digits; views of one coincide where an axis is symmetric", rows, side=260
+    )
 
 
 def sampling(run):
@@ -807,8 +786,8 @@ def any_to_any(run):
     model, rows = run.model, []
     images = all_views(run.digits[one : one + 1], run.augs)
     for v, (name, view) in enumerate(zip(run.names, images)):
-        drawn = through_maps(run, model.from_view(run.model.encode(view), v))[:-1]
-        pictures = [pictures[0] for _, pictures in drawn]
+        drawn = through_maps(run, model.from_view(run.model.encode(view), v))
+        pictures = [pictures[0] for _, pictures in drawn[: len(images)]]
         rows.append((f"from {name}", [view[0], *pictures]))
     heads = ["v", *(f"to {name}" for name in run.names)]
     return grid("Any view to any view: D(E(v) L_from^-1 L_to)", heads, rows, cell=140)
@@ -818,7 +797,7 @@ def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training"""
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
-    require(bool(unseen), "augmentations with more products than views, like rotate_cw")
+    require(unseen, "augmentations with more products than views, like rotate_cw")
     model, z, heads, rows = linear(run), run.model.encode(run.digits), [], {"true": [], "drawn": []}
     for name, word in found.items():
         mark = " *" if name in unseen else ""

@@ -219,7 +219,8 @@ def ladder():
 
 def joint():
     (stuck,), (signs,) = results("joint-identity"), results("joint-signs")
-    assert stuck["group"]["directions"]["++"] == 16
+    for values in stuck["group"]["eigenvalues"].values():
+        assert min(real for real, _ in values) > 0.9
     return (
         f"with maps that start at the identity the total is {total(stuck):.0f}, and all "
         "eigenvalues stay at +1; with fixed diagonals of +1 and −1 it is "
