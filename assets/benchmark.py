@@ -220,8 +220,8 @@ def operations_of(epoch: Callable) -> int:
 
 
 def benchmark_operations() -> None:
-    """The operations of a step of training. A GPU waits for the host once for each, and there they
-    are the same: the models here are not in channels_last order."""
+    """The operations of a step of training. Without a CUDA graph a GPU waits for the host once for
+    each. There they are the same: the models here are not in channels_last order."""
 
     def bare(images, make):
         return bare_loop(LAVAE(filters=2), images.flatten(0, 1), make)

@@ -1,6 +1,6 @@
-"""README's numbers and heat-maps, made from the runs that are kept here.
+"""The numbers of both READMEs and the heat-maps, made from the runs that are kept here.
 
-    python assets/results/tables.py                 # README's rows and half-sentences, by name
+    python assets/results/tables.py                 # rows and half-sentences, by name
     python assets/results/tables.py keep RUN NAME   # a run's numbers, to assets/results/NAME.json
     python assets/results/tables.py heatmaps        # assets/heatmap.png and heatmap_published.png
 
@@ -9,6 +9,7 @@ NAME is that of the rows and ends in the seed: flips-0. The run is finished and 
 
 import json
 import sys
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from statistics import mean
@@ -71,11 +72,15 @@ def row(*cells):
 
 
 def spread(values):
+    if not values:
+        return ""
     several = len(values) > 1
     return evaluate.spread(values, 1).replace("+-", "±") if several else f"{values[0]:.1f}"
 
 
 def range_of(values, digits=0):
+    if not values:
+        return ""
     low, high = (f"{f(values):.{digits}f}" for f in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -140,14 +145,14 @@ def identity_row(label, rows):
     return row(label, f"{spread(flips)}%", f"{spread(both)}%")
 
 
-def ladder_rung(label, flips, turns):
-    """The kept runs of flips and of turns with the methods of a rung."""
-    flips, turns = results(flips), results(turns)
+def ladder_rung(label, flips, turns=None):
+    """The kept runs of flips and of turns with the methods of a rung, of seed 0."""
+    flips, turns = results(flips)[:1], results(turns)[:1] if turns else []
     cells = [spread([*map(f, rows)]) for rows in (flips, turns) for f in (direct, total)]
     unseen = [nats for one in turns for nats in never_shown(one)]
     heads = [one["transfer"] for one in flips if one["transfer"]]
     transfer = [head["shear_x+canny"]["total"] for head in heads]
-    return row(label, *cells, range_of(unseen), spread(transfer) if transfer else "")
+    return row(label, *cells, range_of(unseen), spread(transfer))
 
 
 def evidence_row(label, one):
@@ -179,8 +184,8 @@ def readme_parts():
         back(results(name)[0], "rotate_cw") for name in ("turns", "published-turns")
     )
     return {
-        "result_published": result_row("as published, 6 epochs", published),
-        "result_ours": result_row("ours, 6 epochs", ours),
+        "result_published": result_row("paper's method, 6 epochs", published),
+        "result_ours": result_row("our method, 6 epochs", ours),
         "result_copy": perfect_copy(),
         "ladder": ladder(),
         "vae_total": f"{mean(vaes):.0f}",
@@ -200,6 +205,10 @@ def readme_parts():
         "told_digit": f"{total(*results('cvae-digit')):.0f}",
         "told_both": f"{total(*results('cvae-both')):.0f}",
         "evidence": evidence(),
+        "claims": claims(),
+        "transfer_total": spread([one["transfer"]["shear_x+canny"]["total"] for one in ours]),
+        "parts": parts_rows(),
+        **parts_words(),
         **table1_parts(),
         **heatmap_parts(),
     }
@@ -213,8 +222,98 @@ def ladder():
         ladder_rung("+ equivariance loss", "plain-head", "turns"),
         ladder_rung("+ gated heads", "flips", "turns"),
         ladder_rung("as published, 64 filters, 33 epochs", "published64", "published64-turns"),
+        ladder_rung("as published, 64 filters, 100 epochs", "paper"),
     ]
     return "\n".join(rungs)
+
+
+CLAIMS = """\
+| Compositions emerge untrained | yes | both flips {both:.1f}, one flip {flip:.1f} |
+| The reverse order works, with some loss | yes | L2 L1 {reverse:.1f}, L1 L2 {both:.1f} |
+| Maps can be inverted | partly | back from both flips {back:.1f}, from a turn {turn:.1f} |
+| MLP maps: better alone, bad composed | partly | one flip {mlp.flip:.1f}, both {mlp.both:.1f}; \
+matrices {first.flip:.1f}, {first.both:.1f} |
+| The involution term helps | partly | back from both {first.back:.1f}, without {free.back:.1f}; \
+one flip {first.flip:.1f}, {free.flip:.1f} |
+| LAVAE beats conditional VAEs | partly | both flips {ours.both:.1f}, paired CVAE \
+{paired.both:.1f}; one flip {ours.flip:.1f}, {paired.flip:.1f} |
+| Stage 1 must see the augmented views | yes | total {ours.total:.0f}, without {vae.total:.0f} |
+| Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, in stages \
+{ours0.total:.0f} |
+| Latents transfer to other augmentations | partly | if a probe sees the view \
+{head.correctly_classified:.0f}, else {head.wrongly_classified:.0f} |"""
+
+
+def claims():
+    """The paper's claims: for each the verdict, and the nats that decide."""
+    published, ours = results("published"), results("flips")
+    means = mean_of(published)
+    return CLAIMS.format(
+        both=means.both,
+        flip=means.flip,
+        reverse=means.reverse,
+        back=means.back,
+        turn=back(results("published-turns")[0], "rotate_cw"),
+        ours=mean_of(ours),
+        ours0=mean_of(ours[:1]),
+        paired=mean_of(results("cvae-paired")),
+        vae=mean_of(results("vae")),
+        first=mean_of(published[:1]),
+        mlp=mean_of(results("published-mlp")),
+        stuck=mean_of(results("joint-identity")),
+        free=mean_of(results("published-free")),
+        head=mean_of([one["transfer"]["shear_x+canny"] for one in ours]),
+    )
+
+
+BOTH = "flip_lr+flip_ud"
+
+
+def mean_of(runs):
+    """The mean of each number. Of the flips also "flip", the mean of both, "both", and "back": the
+    original from the latent of both."""
+    names = [name for name, value in runs[0].items() if isinstance(value, float)]
+    found = {name: mean(one[name] for one in runs) for name in names}
+    if BOTH in found:
+        found["both"] = found[BOTH]
+        found["flip"] = mean((found["flip_lr"], found["flip_ud"]))
+    if "any_to_any" in runs[0]:
+        found["back"] = mean(back(one, BOTH) for one in runs)
+    return Namespace(**found)
+
+
+def parts_of(t):
+    """What a part t of a turn by 30 degrees costs, one dict a seed."""
+    return [one["parts"]["rotate_30"][t] for one in results("rotate_30")]
+
+
+def parts_rows():
+    """What parts of a turn by 30 degrees cost, a row for each t."""
+    rows = []
+    for t in parts_of_a_turn():
+        found = parts_of(t)
+        label = f"{30 * float(t):g}°" + ", shown" * (t == "1.0")
+        cells = [spread([one[name] for one in found]) for name in found[0]]
+        rows.append(row(label, *cells))
+    return "\n".join(rows)
+
+
+def parts_of_a_turn():
+    return results("rotate_30")[0]["parts"]["rotate_30"]
+
+
+def parts_words():
+    """How much more than "direct" L^t costs at 15 and at 60 degrees, a seed after the other."""
+    words = {}
+    for t in ("0.5", "2.0"):
+        over = [100 * (one["power"] / one["direct"] - 1) for one in parts_of(t)]
+        words[f"parts_{t}"] = ", ".join(f"{percent:.1f}" for percent in over) + "%"
+    halves = [one["parts"]["rotate_cw"]["0.5"] for one in results("turns")]
+    power, blend, itself = (
+        f"{mean(one[name] for one in halves):.0f}" for name in ("power", "blend", "direct")
+    )
+    words["half_turn"] = f"{power} nats, the blend {blend}, and direct is {itself}"
+    return words
 
 
 def joint():
@@ -274,7 +373,10 @@ def heatmap_parts():
     parts["heat_published_below"] = below_paper(published)
 
     probe, again = [], {"flip_lr+flip_ud": results("flips"), "rotate_cw+flip_lr": results("turns")}
-    for source, runs in (found | again).items():
+    for source in ("mini_image+edge_detect", "shear_x+canny"):
+        again[source] = results(f"again-{source}")
+    for source in found:
+        runs = again[source]
         accuracy = f"{100 * mean(one['probe_accuracy'] for one in runs):.1f}%"
         (further,) = results(f"more-{source}")
         totals = [further["transfer"]["+".join(pair)]["total"] for pair in MORE_TARGETS]
