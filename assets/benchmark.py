@@ -1,10 +1,13 @@
-"""How fast things are beside what they stand in for, and what an ideal head could get.
+"""How fast things are beside what they stand in for, what an ideal head could get, and what a model
+costs that is never certain.
 
     python assets/benchmark.py                     # prints the benchmark: some minutes
     python assets/benchmark.py limit runs/heat0/rotate_cw+flip_lr shear_x canny
+    python assets/benchmark.py certain runs/cvae0
 
 The second command takes a run of a LAVAE and the augmentations of a head. It writes
-assets/results/limit-SOURCE-TARGET-SEED.json. Both need requirements-test.txt.
+assets/results/limit-SOURCE-TARGET-SEED.json. The third takes a run of any model, and writes
+assets/results/certain-MODEL-FILTERS-SEED.json. All need requirements-test.txt.
 """
 
 import contextlib
@@ -33,6 +36,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import augment  # noqa: E402
+import evaluate  # noqa: E402
 import lavae  # noqa: E402
 import train  # noqa: E402
 from adabelief import AdaBelief  # noqa: E402
@@ -45,6 +49,29 @@ TEMPERATURES = (0.8, 1.0, 1.2, 1.5, 2.0)
 def run_of(words: str = "") -> Namespace:
     """The options of a run, from what one would type after `python train.py`."""
     return train.resolve(train.parser_of().parse_args(words.split()))
+
+
+# ---------------------------------------------------------------- what certainty costs
+
+
+def certain(folder: str) -> None:
+    """Write the nats of each view of the test images, drawn from the originals as in Table I, and
+    the same with 0.01 + 0.98 p in the place of each p, so that no pixel is more than 99% certain.
+    """
+    model, (_, _, images, digits) = lavae.load(folder), augment.load_images()
+    nats = {"drawn": [], "at most 99%": []}
+    latents = evaluate.latents_of_views(model, images, digits)
+    for z, view in zip(latents, augment.all_views(images, model.augs)):
+        with torch.no_grad():
+            logits = torch.cat([model.decoder(block) for block in z.split(lavae.BLOCK)])
+        x, q = lavae.pixels(torch.from_numpy(view)), 0.01 + 0.98 * logits.sigmoid()
+        nats["drawn"].append(lavae.bce(logits, x).item())
+        nats["at most 99%"].append(F.binary_cross_entropy(q, x, reduction="sum").item() / len(x))
+    found = {"nats": nats, "made": train.made_with(CPU)}
+    settings = model.settings
+    name = f"certain-{settings['model']}-{settings['filters']}-{settings['seed']}.json"
+    (ROOT / "assets" / "results" / name).write_text(json.dumps(found) + "\n")
+    print(found)
 
 
 # ---------------------------------------------------------------- what an ideal head could get
@@ -314,5 +341,7 @@ def benchmark() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["limit"]:
         limit(*sys.argv[2:])
+    elif sys.argv[1:2] == ["certain"]:
+        certain(*sys.argv[2:])
     else:
         benchmark()
