@@ -289,8 +289,16 @@ PARTS = {  # A^t x, from images and t >= 0, where a part of an augmentation has 
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
-    """The 2^K views of images, uint8 (N, H, W), under augmentations given by name."""
-    return views(images, [AUGMENTATIONS[a] for a in augs])
+    """The 2^K views of images, uint8 (N, H, W), under augmentations given by name. Raises Refused:
+    one of your own returns something else."""
+    found = views(images, [AUGMENTATIONS[a] for a in augs])
+    for name, view in zip(view_names(augs), found):
+        _expect(
+            (view.dtype, view.shape) == (images.dtype, images.shape),
+            f"uint8 {images.shape} from {name}",
+            f"{view.dtype} {view.shape}",
+        )
+    return found
 
 
 def _checked(images):
@@ -581,10 +589,9 @@ def one_line_errors(parser: argparse.ArgumentParser, go_on: str = "") -> Iterato
     go_on: what the line adds when the disk or the memory is full, or after Ctrl-C.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a character that the console lacks is shown as a code
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-        print(end="", flush=True)
     except (MemoryError, RuntimeError) as error:
         words = r"out of memory|allocate memory|enough memory|Unable to allocate"
         if not (isinstance(error, MemoryError) or re.search(words, str(error))):

@@ -531,18 +531,14 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
 # ---------------------------------------------------------------- figures: what they share
 
 
-class NotAvailable(Refused):
-    """A run cannot have this figure. The message says what it would need."""
-
-
 def require(there: object, what: str) -> None:
-    """Raises NotAvailable: what a figure needs is not there."""
+    """Raises Refused: what a figure needs is not there."""
     if not there:
-        raise NotAvailable(f"needs {what}")
+        raise Refused(f"needs {what}")
 
 
 def linear(run: Run) -> LAVAE:
-    """The LAVAE of a run. Raises NotAvailable: its maps are not matrices."""
+    """The LAVAE of a run. Raises Refused: its maps are not matrices."""
     require(hasattr(run.model.maps[0], "L"), "linear maps: train without --latent-map")
     return run.model
 
@@ -628,11 +624,9 @@ def panel(side: int, series: Sequence[Series], colours: dict, axes: bool) -> Ima
     return page
 
 
-def round_ticks(top: float, most: int = 6) -> np.ndarray:
-    """Ticks from 0 to `top` or a little more, in steps of 1, 2 or 5 times a power of ten; at most
-    `most` + 1 of them."""
-    power = 10.0 ** math.floor(math.log10(top / most))
-    step = next(power * digit for digit in (1, 2, 5, 10) if power * digit * most >= top)
+def round_ticks(top: float) -> np.ndarray:
+    """Ticks from 0 to `top` or a little more, ten at most, in steps of one digit."""
+    step = float(f"{top / 5:.0e}")
     return np.arange(0, top + step, step)
 
 
@@ -681,7 +675,7 @@ def fig5_recursion(run):
     for label, points in projected(clouds, fast_ica):
         series.append((label, points, "dots" if label in run.names else "path"))
     left = grid(f"x <- D(E(x) L1), again and again: {run.augs[0]}", run.columns, rows, cell=72)
-    right = chart("Test latents and two paths, ICA", [[("", series)]], side=500)
+    right = chart("Latents; a path that ends where it began is stable", [[("", series)]], side=500)
     return table([[left, right]])
 
 
@@ -736,8 +730,7 @@ def fig9_paired_cvae(run):
 
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
-    most = 4000 // len(run.names)  # t-SNE compares each point with each
-    x = evenly(run.data[2], min(200, most))
+    x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
     images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
     mapped = views(latents[0], run.model.maps)
@@ -769,8 +762,8 @@ def sampling(run):
 
 def interpolation(run):
     """from one test digit to another in a straight line, and its views"""
-    two = [2 % len(run.digits), 7 % len(run.digits)]
-    z, t = run.model.encode(run.digits[two]), torch.linspace(0, 1, 10)
+    two = run.digits.take([2, 7], 0, mode="wrap")
+    z, t = run.model.encode(two), torch.linspace(0, 1, 10)
     heads = [f"{v:.2f}" for v in t.tolist()]
     t = t.to(z)[:, None]
     rows = through_maps(run, (1 - t) * z[0] + t * z[1])
@@ -859,7 +852,7 @@ def traversals(run):
     one, model, rows = run.digits[2 % len(run.digits)], run.model, []
     steps = torch.linspace(-3, 3, 9)
     for i in range(model.latent_dim):
-        z = run.model.encode(one[None]).repeat(9, 1)
+        z = model.encode(one[None]).repeat(9, 1)
         z[:, i] = steps.to(z)
         rows.append((f"z{i + 1}", run.draw(z)))
     heads = [f"{v:.2f}" for v in steps.tolist()]
@@ -874,7 +867,7 @@ def latent_plane(run):
     heads = [f"{v:.1f}" for v in at.tolist()]
     for z2, head in zip(at.flip(0), heads[::-1]):  # from the top down
         z = torch.stack([at, z2.expand(len(at))], 1)
-        rows.append((head, run.draw(z.to(run.model.encoder.device))))
+        rows.append((head, run.draw(z.to(model.encoder.device))))
     return grid("D(z): z1 across, z2 upwards", heads, rows, cell=56)
 
 
@@ -883,16 +876,15 @@ def training_curves(run):
     path, panels = run.folder / "metrics.json", []
     require(path.is_file(), "the metrics.json that train.py wrote")
     for stage, rows in json.loads(path.read_text())["history"].items():
-        series = []
-        for key in ("bce", "kl", "loss"):
-            if key in rows[0].get("curve", {}):
-                losses = np.array([row["curve"][key] for row in rows])  # (epochs, parts)
-                epochs = np.arange(1, losses.size + 1) / losses.shape[1]
-                points = np.stack([epochs, losses.ravel()], 1)
-                series.append((key, points[2:], "line"))  # the first are too high for the chart
-        if series:
-            panels.append((f"{stage}: nats an image, by epoch", series))
-    return chart("Training", [panels], axes=True)
+        keys = rows[0].get("curve", ())
+        for key in [*keys][1:] or keys:  # without the loss, the first, where it is a sum
+            losses = np.array([row["curve"][key] for row in rows])  # (epochs, parts)
+            epochs = np.arange(1, losses.size + 1) / losses.shape[1]
+            points = np.stack([epochs, losses.ravel()], 1)
+            line = key, points[2:], "line"  # the first are too high for the chart
+            panels.append((f"{stage}: {key}", [line]))
+    rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
+    return chart("Training, by epoch. In stage 1 bce is that of samples", rows, 300, True)
 
 
 def page(run):
@@ -928,7 +920,7 @@ def page(run):
 
 
 # Each figure takes a Run. It returns a picture, a text (HTML), or pictures by name. It raises
-# NotAvailable where the run lacks what it needs. --list prints the docstrings.
+# Refused where the run lacks what it needs. --list prints the docstrings.
 ALL = [fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae]
 ALL += [fig10_projections, sampling, interpolation, any_to_any, group_elements, eigenvalues]
 ALL += [partial_augmentation, prior_samples, traversals]
@@ -991,10 +983,10 @@ def parser_of() -> argparse.ArgumentParser:
     )
     add(
         "--image",
-        nargs="+",
+        action="append",
         type=path_of,
         metavar="FILE",
-        help="show these pictures or photos of a digit each through the maps",
+        help="show this picture or photo of a digit through the maps; may be repeated",
     )
     add("--data-dir", type=path_of, default=DATA_DIR, help="(default data/)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="(default cpu)")
@@ -1067,6 +1059,7 @@ def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Nam
 def evaluate(runs: Sequence[Run], tables: Iterable[Sequence[Run]]) -> None:
     """Print all tables, and write evaluation.json and all figures that a run can have."""
     for run in runs:
+        print(f"measuring {run.folder}")
         run.result = measure(run.model, run.data)
         (run.folder / "evaluation.json").write_text(json.dumps(run.result, indent=1))
     for rows in tables:

@@ -248,7 +248,7 @@ def fit(
     """The training loop: minimise losses_of(index, weights)["loss"] with AdaBelief.
 
     Args:
-        losses_of: of the images of these numbers, with the weights of `weights_at`.
+        losses_of: computes the losses of the images of these numbers; weights: see `weights_at`.
         lr: the peak of `one_cycle`; with --recipe published the constant learning rate.
         checkpoint: go on after the last epoch that it holds of this stage; save each epoch to it.
         noise: the generator that losses_of draws from.
@@ -258,14 +258,14 @@ def fit(
     optimizer, history = AdaBelief(parameters), []
     device = parameters[0].device
 
-    def step_of(index, weights):
+    def gradients_of(index, weights):
         losses = losses_of(index, weights)
         optimizer.zero_grad()
         losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     if device.type == "cuda":
-        step_of = Recorded(step_of, parameters, noise)
+        gradients_of = Recorded(gradients_of, parameters, noise)
     generators = [batches.shuffle, noise or batches.shuffle]  # without noise one, twice
     state = (parameters, optimizer, generators, history)
     if checkpoint:
@@ -276,10 +276,10 @@ def fit(
             t = (step + 0.5) / (epochs * len(batches))
             rate = 1 if run.recipe == "published" else one_cycle(t)
             optimizer.param_groups[0]["lr"] = lr * rate
-            weights = torch.tensor(weights_at(t, run), device=device)
-            losses = step_of(index.to(device), weights)
+            weights = torch.tensor(weights_at(t, run), device=device)  # a graph cannot read floats
+            losses = gradients_of(index.to(device), weights)
             optimizer.step()
-            # They stay on the device until the epoch ends: to fetch them is to wait for it.
+            # A copy, on the device until the epoch ends: to fetch them is to wait for it.
             all_losses.append(torch.stack([*losses.values()]))
             sizes.append(len(index))
             if sys.stdout.isatty() and len(sizes) % 50 == 0:
@@ -294,31 +294,35 @@ def fit(
 
 
 class Recorded:
-    """A step as a CUDA graph: the host starts it as one operation, where it started a hundred.
+    """A step as a CUDA graph: the host starts one operation, not a hundred.
 
-    step_of(index, weights) returns losses, and leaves gradients in the parameters. A graph always
-    uses the same memory. So each size of a batch has its own, and what it reads is copied to where
-    it was recorded. The first three steps run as they are, and those that cannot be recorded (they
-    wait for the device, or make a tensor on the host) always do.
+    gradients_of(index, weights) returns losses, and leaves gradients in the parameters. It is
+    recorded once for each size of a batch, and then replayed. A replay reads and writes the memory
+    of the recording. So its inputs are copied to there, and its gradients are taken from there. The
+    first three steps run as they are, because libraries prepare themselves in them. If a step
+    cannot be recorded (it waits for the device, or makes a tensor on the host), all do.
     """
 
-    def __init__(self, step_of: Callable, parameters: list[Tensor], noise: torch.Generator | None):
-        self.step_of, self.parameters, self.noise = step_of, parameters, noise
-        self.graphs, self.not_recorded = {}, 3
+    def __init__(
+        self, gradients_of: Callable, parameters: list[Tensor], noise: torch.Generator | None
+    ):
+        self.gradients_of, self.parameters, self.noise = gradients_of, parameters, noise
+        self.graphs, self.eager_steps = {}, 3
 
     def __call__(self, *given: Tensor) -> dict[str, Tensor]:
         size = len(given[0])
-        if not self.not_recorded and size not in self.graphs:
+        if not self.eager_steps and size not in self.graphs:
             try:
                 self.graphs[size] = self.record([tensor.clone() for tensor in given])
             except RuntimeError as error:
                 print(f"  slower, without a CUDA graph: {str(error).splitlines()[0]}")
-                self.not_recorded = math.inf
-        if self.not_recorded:
-            self.not_recorded -= 1
-            return self.step_of(*given)
+                self.eager_steps = math.inf
+        if self.eager_steps:
+            self.eager_steps -= 1
+            return self.gradients_of(*given)
         graph, read, losses, gradients = self.graphs[size]
-        torch._foreach_copy_(read, given)
+        for tensor, new in zip(read, given):
+            tensor.copy_(new)
         graph.replay()
         for p, gradient in zip(self.parameters, gradients):
             p.grad = gradient
@@ -330,7 +334,7 @@ class Recorded:
         if self.noise:
             graph.register_generator_state(self.noise)
         with torch.cuda.graph(graph):
-            losses = self.step_of(*read)
+            losses = self.gradients_of(*read)
         return graph, read, losses, [p.grad for p in self.parameters]
 
 
@@ -578,7 +582,9 @@ def begin(run: Namespace) -> Checkpoint:
         content = lavae.read(state)
         for name, value in content["settings"].items():
             if value != settings.get(name) and name != "device":
-                raise Refused(f"{run.out} was begun with {name} {value}: give the same options")
+                raise Refused(
+                    f"{run.out} was begun with {words({name: value})}: give the same options"
+                )
         return Checkpoint(state, content)
     if there and there[0].suffix != ".pt":  # no state.pt and no model.pt
         raise FileExistsError(f"{there[0]} is of something else: choose another --out")
