@@ -184,8 +184,8 @@ def readme_parts():
         back(results(name)[0], "rotate_cw") for name in ("turns", "published-turns")
     )
     return {
-        "result_published": result_row("paper's method, 6 epochs", published),
-        "result_ours": result_row("our method, 6 epochs", ours),
+        "result_published": result_row("as published, 6 epochs", published),
+        "result_ours": result_row("ours, 6 epochs", ours),
         "result_copy": perfect_copy(),
         "ladder": ladder(),
         "vae_total": f"{mean(vaes):.0f}",
