@@ -2061,7 +2061,6 @@ CHANGES = [
     "--kl-weight 2",
     "--equivariance-weight 9",
     "--involution-weight 0.01",
-    "--paper-involution",
     "--prior-loss mmd",
     "--latent-map mlp",
     "--joint identity",
