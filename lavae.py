@@ -206,9 +206,9 @@ class LAVAE(nn.Module):
         if joint not in (None, "identity", "signs"):
             raise ValueError(f"joint is None, identity or signs, not {joint}")
         if joint == "signs":
-            for i, latent_map in enumerate(self.maps):
+            for i, f in enumerate(self.maps):
                 signs = 1.0 - 2.0 * (torch.arange(latent_dim) >> i & 1)
-                latent_map.L.data.copy_(torch.diag(signs))
+                f.L.data.copy_(torch.diag(signs))
 
     def forward(
         self, x: Tensor, noise: torch.Generator | None = None, labels: Tensor | None = None
@@ -332,7 +332,7 @@ def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
     ends = [2**i for i in range(len(orders))]
     pairs = [(z[:n].flatten(0, 1), z[n : 2 * n].flatten(0, 1)) for n in ends]
-    with torch.no_grad():  # the loss is minimal in Q, so the gradient through Q is 0
+    with torch.no_grad():  # the loss is minimal in Q: no gradient through Q
         Q = procrustes([before.T @ after for before, after in pairs], orders)
     errors = [F.mse_loss(before @ Q_i, after) for (before, after), Q_i in zip(pairs, Q)]
     return sum(errors[1:], errors[0])

@@ -266,7 +266,7 @@ def fit(
 
     if device.type == "cuda":
         gradients_of = Recorded(gradients_of, parameters, noise)
-    generators = [batches.shuffle, noise or batches.shuffle]  # without noise one, twice
+    generators = [batches.shuffle, noise or batches.shuffle]  # without noise the same, twice
     state = (parameters, optimizer, generators, history)
     if checkpoint:
         checkpoint.restore(stage, *state)

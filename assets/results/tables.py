@@ -206,6 +206,7 @@ def readme_parts():
         "told_both": f"{total(*results('cvae-both')):.0f}",
         "evidence": evidence(),
         "claims": claims(),
+        "certain": certain(),
         "transfer_total": spread([one["transfer"]["shear_x+canny"]["total"] for one in ours]),
         "parts": parts_rows(),
         **parts_words(),
@@ -280,6 +281,17 @@ def mean_of(runs):
     if "any_to_any" in runs[0]:
         found["back"] = mean(back(one, BOTH) for one in runs)
     return Namespace(**found)
+
+
+def certain():
+    """Two rows for each model of seed 0: its nats, and those with no pixel above 99% certainty."""
+    rows = []
+    for model, label in evaluate.MODELS.items():
+        for path in HERE.glob(f"certain-{model}-32-0.json"):
+            drawn, bounded = json_of(path)["nats"].values()
+            for name, nats in ((label, drawn), ("the same, at most 99% certain", bounded)):
+                rows.append(row(name, *(f"{value:.1f}" for value in (*nats, sum(nats)))))
+    return "\n".join(rows)
 
 
 def parts_of(t):
