@@ -298,14 +298,12 @@ class Recorded:
 
     gradients_of(index, weights) returns losses, and leaves gradients in the parameters. It is
     recorded once for each size of a batch, and then replayed. A replay reads and writes the memory
-    of the recording. So its inputs are copied to there, and its gradients are taken from there. The
-    first three steps run as they are, because libraries prepare themselves in them. If a step
-    cannot be recorded (it waits for the device, or makes a tensor on the host), all do.
+    of the recording: inputs are copied to there, gradients are taken from there. The first three
+    steps run as they are, because libraries prepare themselves in them. If a step cannot be
+    recorded (it waits for the device, or makes a tensor on the host), all do.
     """
 
-    def __init__(
-        self, gradients_of: Callable, parameters: list[Tensor], noise: torch.Generator | None
-    ):
+    def __init__(self, gradients_of: Callable, parameters: list, noise: torch.Generator | None):
         self.gradients_of, self.parameters, self.noise = gradients_of, parameters, noise
         self.graphs, self.eager_steps = {}, 3
 
