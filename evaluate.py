@@ -306,7 +306,7 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         row["wrongly_classified"] = None if correct.all() else bces[~correct].mean().item()
         transfer[key] = row
     if len(model.augs) > 1:
-        true = all_views(x, model.augs[::-1])[-1]
+        true = apply_in_order(x, map(AUGMENTATIONS.get, reversed(model.augs)))
         result["reverse"] = nats(model.decoder, reverse(model, z), true)
     return result | dict(
         direct=with_total(each(encoded)),
@@ -638,7 +638,7 @@ def fig3_views(run):
     drawn = through_maps(run, run.model.encode(run.digits), "D(E(x){})")
     rows = view_rows(run.augs, run.digits, drawn)
     if len(run.augs) > 1:
-        true = all_views(run.digits, run.augs[::-1])[-1]
+        true = apply_in_order(run.digits, map(AUGMENTATIONS.get, run.augs[::-1]))
         rows += [None, ("+".join(run.augs[::-1]), true), drawn[-1]]
     return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, rows)
 

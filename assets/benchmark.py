@@ -59,14 +59,15 @@ def certain(folder: str) -> None:
     the same with 0.01 + 0.98 p in the place of each p, so that no pixel is more than 99% certain.
     """
     model, (_, _, images, digits) = lavae.load(folder), augment.load_images()
-    nats = {"drawn": [], "at most 99%": []}
     latents = evaluate.latents_of_views(model, images, digits)
-    for z, view in zip(latents, augment.all_views(images, model.augs)):
-        with torch.no_grad():
-            logits = torch.cat([model.decoder(block) for block in z.split(lavae.BLOCK)])
-        x, q = lavae.pixels(torch.from_numpy(view)), 0.01 + 0.98 * logits.sigmoid()
-        nats["drawn"].append(lavae.bce(logits, x).item())
-        nats["at most 99%"].append(F.binary_cross_entropy(q, x, reduction="sum").item() / len(x))
+    drawn = [*zip(latents, augment.all_views(images, model.augs))]
+
+    def bounded(z):
+        return (0.01 + 0.98 * model.decoder(z).sigmoid()).logit()
+
+    nats = {}
+    for name, decoder in (("drawn", model.decoder), ("at most 99%", bounded)):
+        nats[name] = [evaluate.nats(decoder, z, view) for z, view in drawn]
     found = {"nats": nats, "made": train.made_with(CPU)}
     settings = model.settings
     name = f"certain-{settings['model']}-{settings['filters']}-{settings['seed']}.json"

@@ -145,14 +145,17 @@ def identity_row(label, rows):
     return row(label, f"{spread(flips)}%", f"{spread(both)}%")
 
 
+def heads_of(rows):
+    """What the heads cost that draw shear_x and canny, of the runs that have one."""
+    return [one["transfer"]["shear_x+canny"] for one in rows if one["transfer"]]
+
+
 def ladder_rung(label, flips, turns=None):
     """The kept runs of flips and of turns with the methods of a rung, of seed 0."""
     flips, turns = results(flips)[:1], results(turns)[:1] if turns else []
     cells = [spread([*map(f, rows)]) for rows in (flips, turns) for f in (direct, total)]
     unseen = [nats for one in turns for nats in never_shown(one)]
-    heads = [one["transfer"] for one in flips if one["transfer"]]
-    transfer = [head["shear_x+canny"]["total"] for head in heads]
-    return row(label, *cells, range_of(unseen), spread(transfer))
+    return row(label, *cells, range_of(unseen), spread([*map(total, heads_of(flips))]))
 
 
 def evidence_row(label, one):
@@ -207,7 +210,7 @@ def readme_parts():
         "evidence": evidence(),
         "claims": claims(),
         "certain": certain(),
-        "transfer_total": spread([one["transfer"]["shear_x+canny"]["total"] for one in ours]),
+        "transfer_total": spread([*map(total, heads_of(ours))]),
         "parts": parts_rows(),
         **parts_words(),
         **table1_parts(),
@@ -263,7 +266,7 @@ def claims():
         mlp=mean_of(results("published-mlp")),
         stuck=mean_of(results("joint-identity")),
         free=mean_of(results("published-free")),
-        head=mean_of([one["transfer"]["shear_x+canny"] for one in ours]),
+        head=mean_of(heads_of(ours)),
     )
 
 
@@ -294,31 +297,27 @@ def certain():
     return "\n".join(rows)
 
 
-def parts_of(t):
-    """What a part t of a turn by 30 degrees costs, one dict a seed."""
-    return [one["parts"]["rotate_30"][t] for one in results("rotate_30")]
+def parts_of_a_turn():
+    """What each part of a turn by 30 degrees costs, one dict a seed."""
+    return [one["parts"]["rotate_30"] for one in results("rotate_30")]
 
 
 def parts_rows():
-    """What parts of a turn by 30 degrees cost, a row for each t."""
-    rows = []
-    for t in parts_of_a_turn():
-        found = parts_of(t)
+    """A row for each t, over seeds."""
+    turns, rows = parts_of_a_turn(), []
+    for t in turns[0]:
         label = f"{30 * float(t):g}°" + ", shown" * (t == "1.0")
-        cells = [spread([one[name] for one in found]) for name in found[0]]
+        cells = [spread([one[t][name] for one in turns]) for name in turns[0][t]]
         rows.append(row(label, *cells))
     return "\n".join(rows)
 
 
-def parts_of_a_turn():
-    return results("rotate_30")[0]["parts"]["rotate_30"]
-
-
 def parts_words():
-    """How much more than "direct" L^t costs at 15 and at 60 degrees, a seed after the other."""
+    """How much more than "direct" L^t costs at 15 and at 60 degrees, a seed after the other, and
+    what half a quarter turn costs."""
     words = {}
     for t in ("0.5", "2.0"):
-        over = [100 * (one["power"] / one["direct"] - 1) for one in parts_of(t)]
+        over = [100 * (one[t]["power"] / one[t]["direct"] - 1) for one in parts_of_a_turn()]
         words[f"parts_{t}"] = ", ".join(f"{percent:.1f}" for percent in over) + "%"
     halves = [one["parts"]["rotate_cw"]["0.5"] for one in results("turns")]
     power, blend, itself = (
@@ -384,11 +383,9 @@ def heatmap_parts():
     parts["heat_below"] = below_paper(rows)
     parts["heat_published_below"] = below_paper(published)
 
-    probe, again = [], {"flip_lr+flip_ud": results("flips"), "rotate_cw+flip_lr": results("turns")}
-    for source in ("mini_image+edge_detect", "shear_x+canny"):
-        again[source] = results(f"again-{source}")
+    probe, again = [], {"flip_lr+flip_ud": "flips", "rotate_cw+flip_lr": "turns"}
     for source in found:
-        runs = again[source]
+        runs = results(again.get(source, f"again-{source}"))
         accuracy = f"{100 * mean(one['probe_accuracy'] for one in runs):.1f}%"
         (further,) = results(f"more-{source}")
         totals = [further["transfer"]["+".join(pair)]["total"] for pair in MORE_TARGETS]
@@ -401,11 +398,9 @@ def heatmap_parts():
     pairs = f"{source} to {target}".replace("+", ", ")
     parts["heat_above"] = f"{pairs}, with {seeds} where the paper has {paper:.0f}"
 
-    heads = [one["transfer"]["shear_x+canny"] for one in again["flip_lr+flip_ud"]]
-    right, wrong = (
-        mean(head[f"{word}_classified"] for head in heads) for word in ("correctly", "wrongly")
-    )
-    parts |= {"probe_right": f"{right:.1f} nats", "probe_wrong": f"{wrong:.1f}"}
+    head = mean_of(heads_of(results("flips")))
+    parts["probe_right"] = f"{head.correctly_classified:.1f} nats"
+    parts["probe_wrong"] = f"{head.wrongly_classified:.1f}"
     canny = mean(back(one, "canny") for one in found["shear_x+canny"])
     parts["canny_back"] = f"{canny:.0f} nats"
     limits = [json_of(path) for path in sorted(HERE.glob("limit-*.json"))]
