@@ -3,16 +3,17 @@
 python -m pytest -n 2           # against OpenCV, SciPy, adabelief-pytorch, torchvision, Pillow
 """
 
+import base64
 import contextlib
 import copy
 import errno
 import functools
-import importlib.util
 import io
 import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -662,7 +663,7 @@ def test_a_recorded_step_is_the_step(waits, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "CUDAGraph", OnTheHost)
         monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     x, ends = torch.linspace(0, 1, 90).to(device), []
-    for recorded in (False, True):
+    for recording in (lambda step, *_: step, train.Recorded):
         p = torch.ones(5, device=device, requires_grad=True)
         noise = torch.Generator(device).manual_seed(0)
         optimizer = adabelief.AdaBelief([p], lr=0.1)
@@ -676,9 +677,7 @@ def test_a_recorded_step_is_the_step(waits, monkeypatch, capsys):
                 loss.item()
             return {"loss": loss.detach()}
 
-        step, losses = step_of, []
-        if recorded:
-            step = train.Recorded(step_of, [p], noise)
+        step, losses = recording(step_of, [p], noise), []
         for i, n in enumerate([9, 9, 8, 9, 8, 9, 8, 8, 9]):
             found = step((torch.arange(n) + 9 * i).to(device), x[i])
             optimizer.step()
@@ -1205,6 +1204,7 @@ def test_readmes_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             assert link.startswith("https://") or (page.parent / link).is_file(), link
+    assert TEXT.count("](") > 10
     page, demo = (
         (HERE / f"assets/{name}.html").read_text(encoding="utf-8") for name in ("page", "demo")
     )
@@ -1285,6 +1285,7 @@ def test_measure_agrees_with_the_formulas(run, data, digits):
 
     z = model.encoder(x)[0]
     for key, expected in (
+        ("orig", nats(z, x)),
         ("flip_ud", nats(z @ L2, ud)),
         ("flip_lr+flip_ud", nats(z @ L1 @ L2, both)),
     ):
@@ -1614,11 +1615,19 @@ press Test digit, mousePressed .3 .3, mouseReleased .3 .3|digit + ' ' + strokes.
 press L1, press L1, press L2⁻¹, press Undo map|JSON.stringify(chain)|[[0,1],[0,1]]"""
 
 
-def test_the_page_can_be_drawn_on(browser):
+def test_the_page_can_be_drawn_on(browser, tmp_path):
     for line in GESTURES.splitlines():
         gestures, expression, expected = line.split("|")
         browser.play(f"press Start again, press Clear, {gestures}")
         assert str(browser.ask(f"return String({expression})")) == expected, line
+    lines = "mousePressed .3 .2, mouseMoved .7 .2, mouseMoved .4 .8, mouseReleased .4 .8"
+    browser.play(f"press Clear, {lines}")
+    found = browser.ask("return {x: [...x], ink: paper.toDataURL()}")
+    (tmp_path / "ink.png").write_bytes(base64.b64decode(found["ink"].split(",")[1]))
+    ours, expected = np.array(found["x"]), augment.like_mnist(tmp_path / "ink.png").ravel() / 255
+    assert np.corrcoef(ours, expected)[0, 1] > 0.9  # prepared like a photo of it
+    for axis in (0, 1):
+        assert np.ptp(np.flatnonzero(ours.reshape(28, 28).sum(axis) > 0.1)) < 21
     moved = browser.ask("""
         const before = z[0], input = document.querySelector("#latent input");
         input.value = 3; input.dispatchEvent(new Event("input"));
@@ -1627,6 +1636,7 @@ def test_the_page_can_be_drawn_on(browser):
     assert moved == [3, True, True, 17]
 
 
+# A digit a line: the corners of its strokes, in a box of 10 x 10.
 DIGITS = """5,0 2,1.5 1,5 2,8.5 5,10 8,8.5 9,5 8,1.5 5,0
 5.5,0 5,10
 1,3 2,1 4.5,0 7,0.8 8,2.8 6.5,5 3.5,7.5 0.8,10 4,9.7 9,10
@@ -1636,7 +1646,7 @@ DIGITS = """5,0 2,1.5 1,5 2,8.5 5,10 8,8.5 9,5 8,1.5 5,0
 6.5,0 3,3 1.5,7 3,9.8 6,9.8 7.5,7.5 6,5.5 3,6 1.8,7.5
 1,0.5 8.5,0 6,4 4,10
 7.5,1.5 4.5,0 2,1.7 3,4 6.5,5.8 7.5,8.3 4.5,10 2,8.3 3.5,5.5 7,3.5 7.5,1.5
-7.5,2 5,0.3 2.5,1.8 3,4.5 6,4.8 7.5,2.5 7.3,5 6,10"""  # corners of strokes in a box of 10 x 10, a digit a line
+7.5,2 5,0.3 2.5,1.8 3,4.5 6,4.8 7.5,2.5 7.3,5 6,10"""
 
 
 def test_drawings_of_any_size_become_digits(browser, data):
@@ -1980,10 +1990,8 @@ def test_bugs_keep_their_traceback(run, tmp_path, no_figures, monkeypatch, capsy
 
 
 def test_a_module_that_was_loaded_again(run, data):
-    spec = importlib.util.spec_from_file_location("again", HERE / "lavae.py")
-    again = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(again)
-    assert evaluate.measure(again.load(run[0]), few(data))["group"]
+    load_again = runpy.run_path(str(HERE / "lavae.py"))["load"]
+    assert evaluate.measure(load_again(run[0]), few(data))["group"]
     assert np.isfinite(evaluate.tsne(np.ones((50, 3)), steps=5)).all()
 
 
@@ -2563,10 +2571,8 @@ def test_a_grid_shows_each_image(digits):
 
 
 def test_readmes_numbers_are_those_of_the_kept_runs():
-    spec = importlib.util.spec_from_file_location("tables", HERE / "assets/results/tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    parts, unwrapped = tables.readme_parts().values(), " ".join(TEXT.split())
+    tables = runpy.run_path(str(HERE / "assets/results/tables.py"))
+    parts, unwrapped = tables["readme_parts"]().values(), " ".join(TEXT.split())
     for part in parts:
         assert " ".join(part.split()) in unwrapped, f"README lacks {part}"
     # assets/benchmark.py prints those
