@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -301,8 +301,32 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
     return found
 
 
+def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -> np.ndarray:
+    """Images (N, 28, 28) under a product of augmentations, by their numbers. Equal neighbours are
+    done in one step, two turns as one of twice the angle, so that pixels are interpolated once."""
+    for i, same in groupby(word):
+        aug, n = augs[i], len([*same])
+        if aug in PARTS:
+            images, n = PARTS[aug](images, n), 0
+        for _ in range(n):
+            images = AUGMENTATIONS[aug](images)
+    return images
+
+
+def check_order(images: np.ndarray, aug: str) -> None:
+    """Raises Refused: k times an augmentation of order k does not give images (N, H, W) back. (They
+    should be nearer to what they were than after one time.)"""
+    k = ORDERS.get(aug, 0)
+    once, again = (true_picture(images, [aug], [0] * n).astype(int) for n in (1, k))
+    if np.abs(again - images).sum() > 0.7 * np.abs(once - images).sum():
+        raise Refused(
+            f"{aug} {k} times does not give the image back: correct ORDERS, and if pixels are "
+            "interpolated, enter it in PARTS"
+        )
+
+
 def _checked(images):
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or np.ma.isMA(images):
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         raise TypeError(f"expected a uint8 array, got {getattr(images, 'dtype', type(images))}")
     if images.ndim != 3 or 0 in images.shape[1:]:
         raise ValueError(f"expected images of shape (N, H, W), H and W not 0, got {images.shape}")
@@ -469,17 +493,8 @@ def _grey(picture):
 
 
 def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
-    """Words as a picture. Lines are centred. size: about the height of a line, in pixels.
-
-    Raises Refused: this Pillow cannot draw text.
-    """
-    try:
-        font, lines = ImageFont.load_default(size), words.split("\n")
-    except ImportError as error:
-        raise Refused(
-            "this Pillow was built without FreeType and cannot write text: `python -m "
-            "pip install --force-reinstall pillow`"
-        ) from error
+    """Words as a picture. Lines are centred. size: about the height of a line, in pixels."""
+    font, lines = ImageFont.load_default(size), words.split("\n")
     width, height = 8 + math.ceil(max(map(font.getlength, lines))), size * 5 // 4 * len(lines)
     page = Image.new("RGB", (width, height), paper)
     ImageDraw.Draw(page).text((width / 2, height / 2), words, colour, font, "mm", align="center")
@@ -554,7 +569,7 @@ def grid(
 
 
 def save(page: Image.Image | str, path: Path) -> None:
-    """Write a picture or a text. Raises OSError, Refused: the message names the file."""
+    """Write a picture or a text. Raises OSError, which names the file."""
     if isinstance(page, str):
         path.write_text(page, encoding="utf-8")
         return
@@ -563,8 +578,6 @@ def save(page: Image.Image | str, path: Path) -> None:
     except OSError as error:
         error.filename = path
         raise
-    except ValueError as error:
-        raise Refused(f"cannot write {path} ({error}): choose another --out") from error
 
 
 def evenly(items: np.ndarray, n: int) -> np.ndarray:

@@ -23,10 +23,11 @@ what figures share, the figures, the command line. It is the last script to read
 
 import argparse
 import base64
+import inspect
 import json
 import math
 import statistics
-import traceback
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -63,6 +64,7 @@ from augment import (
     table,
     text,
     titled,
+    true_picture,
     view_names,
     views,
 )
@@ -196,16 +198,6 @@ def written(names: Sequence[str], word: Sequence[int]) -> list[str]:
     return [f"{name}^{n}" if n > 1 else name for name, n in factors]
 
 
-def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -> np.ndarray:
-    """Images (N, 28, 28) under a product of augmentations. Equal neighbours are done in one step,
-    two turns as one of twice the angle, so that the picture is interpolated once."""
-    for i, same in groupby(word):
-        aug, n = augs[i], len([*same])
-        repeated = [AUGMENTATIONS[aug]] * n
-        images = PARTS[aug](images, n) if aug in PARTS else apply_in_order(images, repeated)
-    return images
-
-
 def parts(model: LAVAE, aug: str, L: Tensor, x: np.ndarray) -> dict[float, dict[str, float]]:
     """What a part of an augmentation costs, by t: nats between pictures and the truth A^t x.
 
@@ -305,6 +297,9 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         row["correctly_classified"] = bces[correct].mean().item() if correct.any() else None
         row["wrongly_classified"] = None if correct.all() else bces[~correct].mean().item()
         transfer[key] = row
+    if y is not None:  # of a class whose views look alike the probe cannot know them
+        by_class = [(str(c), correct[:, y == c].double().mean().item()) for c in np.unique(y)]
+        result["by_class"] = dict(by_class)
     if len(model.augs) > 1:
         true = apply_in_order(x, map(AUGMENTATIONS.get, reversed(model.augs)))
         result["reverse"] = nats(model.decoder, reverse(model, z), true)
@@ -377,6 +372,9 @@ def report_lavae(run: Run) -> None:
             ["L^t", "blend", "direct", "not moved"],
             rows,
         )
+    if "by_class" in result:
+        shown = [100 * result["by_class"][str(label)] for label in run.labels]
+        print_table("the probe's accuracy by class, %", run.columns, [("z L", shown)])
     for target, row in result["transfer"].items():
         columns = [*view_names(target.split("+")), "total"]
         cells = [row[name] for name in columns]
@@ -569,13 +567,13 @@ def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: Sequence[tuple]) 
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#7f7f7f"]
-Series = tuple[str, Sequence, str]  # label, points (N, 2), style: dots, marks, line or path
 
 
 def chart(
     title: str, panels: Sequence[Sequence[tuple]], side: int = 420, axes: bool = False
 ) -> Image.Image:
-    """Rows of panels, (heading, list of Series), under a title and a legend of their labels.
+    """Rows of panels, (heading, series), under a title and a legend of their labels. A series is
+    (label, points (N, 2), style), and the style dots, marks, line or path.
 
     axes: both axes begin at 0 and have round ticks. Without them the points fill the panel.
     """
@@ -591,7 +589,7 @@ def chart(
     return titled(title, table(legend, "l", gap=16), table(rows, "c", gap=12))
 
 
-def panel(side: int, series: Sequence[Series], colours: dict, axes: bool) -> Image.Image:
+def panel(side: int, series: Sequence[tuple], colours: dict, axes: bool) -> Image.Image:
     """A square with points and lines in it, see `chart`."""
     every = np.concatenate([points for _, points, _ in series])
     low, high = every.min(0), every.max(0)
@@ -634,7 +632,11 @@ def round_ticks(top: float) -> np.ndarray:
 
 
 def fig3_views(run):
-    """Fig. 3: every view drawn from the original's latent"""
+    """Fig. 3: every view drawn from the original's latent
+
+    Each row with a D should look like the row above it. All of them are drawn from the latents
+    of the first row.
+    """
     drawn = through_maps(run, run.model.encode(run.digits), "D(E(x){})")
     rows = view_rows(run.augs, run.digits, drawn)
     if len(run.augs) > 1:
@@ -644,7 +646,10 @@ def fig3_views(run):
 
 
 def fig4_inverses(run):
-    """Fig. 4: every view back to the original"""
+    """Fig. 4: every view back to the original
+
+    Each row with a D should look like the first row, the originals.
+    """
     model = run.model
     rows = [("orig", run.digits), ("D(E(x))", run.draw(run.model.encode(run.digits)))]
     images = all_views(run.digits, run.augs)
@@ -657,7 +662,11 @@ def fig4_inverses(run):
 
 
 def fig5_recursion(run):
-    """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane"""
+    """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane
+
+    After two flips, or four quarter turns, a row should look like x again, and a path should be
+    where it began.
+    """
     model, path, rows = run.model, [run.model.encode(run.digits)], [("x", run.digits)]
     for k in range(1, 8):
         drawn = run.draw(model.maps[0](path[-1]))
@@ -687,7 +696,11 @@ def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
 
 
 def fig6_transfer(run):
-    """Fig. 6: the same latents drawn by the decoder of each transfer"""
+    """Fig. 6: the same latents drawn by the decoder of each transfer
+
+    Where a picture is a mixture, the latent does not say which view it is of: a 0 and its mirror
+    image look alike.
+    """
     model, z, pages = run.model, run.model.encode(run.digits), {}
     require(model.transfers, "a transfer: train with --transfer")
     for augs, (key, head) in zip(model.transfers, model.heads.items()):
@@ -698,7 +711,11 @@ def fig6_transfer(run):
 
 
 def fig8_cvae(run):
-    """Fig. 8: the naive CVAE, its condition changed"""
+    """Fig. 8: the naive CVAE, its condition changed
+
+    Each row with a D should look like the row above it. It looks like the first: the condition is
+    hardly used.
+    """
     require(run.kind == "cvae", "a run of --model cvae")
     model, labels = run.model, torch.from_numpy(run.labels)
     z = model.encode(run.digits, labels=labels)
@@ -716,7 +733,10 @@ def fig8_cvae(run):
 
 
 def fig9_paired_cvae(run):
-    """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE"""
+    """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE
+
+    One augmentation succeeds in both. Two at once, the last rows, the CVAE was never told.
+    """
     require(run.kind == "cvae-paired", "a run of --model cvae-paired")
     others = [peer.model for peer in run.peers if peer.kind == "lavae"]
     require(others, "the LAVAE of the same options: name its folder, too")
@@ -729,7 +749,11 @@ def fig9_paired_cvae(run):
 
 
 def fig10_projections(run):
-    """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE"""
+    """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
+
+    Compare the second column with the third: good maps put latents where those of the views are.
+    Colours that lie apart are views that can be told from the latent.
+    """
     x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
     images = all_views(x, run.augs)
     latents = [run.model.encode(view) for view in images]
@@ -752,7 +776,11 @@ def fig10_projections(run):
 
 
 def sampling(run):
-    """new digits and their views: z uniform in the bounding box of the training images' latents"""
+    """new digits and their views: z uniform in the bounding box of the training images' latents
+
+    Some first rows are no digits: the corners of the box are far from all latents. The maps do the
+    same to these, too.
+    """
     z = run.model.encode(evenly(run.data[0], 10_000))
     share = torch.from_numpy(np.random.default_rng(0).random((10, z.shape[1]), np.float32))
     low, high = z.min(0).values, z.max(0).values
@@ -761,7 +789,10 @@ def sampling(run):
 
 
 def interpolation(run):
-    """from one test digit to another in a straight line, and its views"""
+    """from one test digit to another in a straight line, and its views
+
+    Each lower row should be the first row under an augmentation, also between the two digits.
+    """
     two = run.digits.take([2, 7], 0, mode="wrap")
     z, t = run.model.encode(two), torch.linspace(0, 1, 10)
     heads = [f"{v:.2f}" for v in t.tolist()]
@@ -773,21 +804,12 @@ def interpolation(run):
 # ---------------------------------------------------------------- more figures
 
 
-def any_to_any(run):
-    """one digit from every view to every view"""
-    one = len(run.digits) * 7 // 10  # of ten digits the 7: all its views look different
-    model, rows = run.model, []
-    images = all_views(run.digits[one : one + 1], run.augs)
-    for v, (name, view) in enumerate(zip(run.names, images)):
-        drawn = through_maps(run, model.from_view(run.model.encode(view), v))
-        pictures = [pictures[0] for _, pictures in drawn[: len(images)]]
-        rows.append((f"from {name}", [view[0], *pictures]))
-    heads = ["v", *(f"to {name}" for name in run.names)]
-    return grid("Any view to any view: D(E(v) L_from^-1 L_to)", heads, rows, cell=140)
-
-
 def group_elements(run):
-    """every element of the group that turns and flips generate; some are never shown in training"""
+    """every element of the group that turns and flips generate; some are never shown in training
+
+    Drawn should look like true, also where there is a star: maps compose what training has not
+    shown.
+    """
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
@@ -813,7 +835,11 @@ def by_digit(run, title, heads, rows):
 
 
 def eigenvalues(run):
-    """the eigenvalues of each map around the unit circle"""
+    """the eigenvalues of each map around the unit circle
+
+    1 keeps a direction of the latents, and -1 reverses it. A turn has eigenvalues at multiples of
+    its angle. Inside the circle something is lost.
+    """
     found, panels = group(linear(run))["eigenvalues"], []
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
@@ -828,7 +854,10 @@ def eigenvalues(run):
 
 
 def partial_augmentation(run):
-    """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L"""
+    """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
+
+    L^t should look like the truth, and keep its strokes. The blend fades on the way.
+    """
     z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
     if aug in PARTS:
@@ -839,7 +868,10 @@ def partial_augmentation(run):
 
 
 def prior_samples(run):
-    """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them"""
+    """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them
+
+    Good digits, in any view, mean that the latents fill the prior. Others lie in its holes.
+    """
     shape = 60, run.model.latent_dim
     z = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
     drawn = run.draw(z.to(run.model.encoder.device))
@@ -848,7 +880,10 @@ def prior_samples(run):
 
 
 def traversals(run):
-    """what each latent does: a row a dimension, from -3 to 3"""
+    """what each latent does: a row a dimension, from -3 to 3
+
+    A row that does not change belongs to a number that the model does not use.
+    """
     one, model, rows = run.digits[2 % len(run.digits)], run.model, []
     steps = torch.linspace(-3, 3, 9)
     for i in range(model.latent_dim):
@@ -860,7 +895,10 @@ def traversals(run):
 
 
 def latent_plane(run):
-    """the whole latent plane, decoded (--latent-dim 2 only)"""
+    """the whole latent plane, decoded (--latent-dim 2 only)
+
+    Neighbours look alike. A matrix must take each point to that of its mirror image.
+    """
     model = run.model
     require(model.latent_dim == 2, f"a run with --latent-dim 2, not {model.latent_dim}")
     at, rows = torch.arange(-7, 8) / 3, []
@@ -872,7 +910,11 @@ def latent_plane(run):
 
 
 def training_curves(run):
-    """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch"""
+    """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
+
+    bce should fall to the end. kl rises while latents learn to carry the image. equivariance falls
+    when its weight has grown.
+    """
     path, panels = run.folder / "metrics.json", []
     require(path.is_file(), "the metrics.json that train.py wrote")
     for stage, rows in json.loads(path.read_text())["history"].items():
@@ -920,9 +962,10 @@ def page(run):
 
 
 # Each figure takes a Run. It returns a picture, a text (HTML), or pictures by name. It raises
-# Refused where the run lacks what it needs. --list prints the docstrings.
+# Refused where the run lacks what it needs. The first line of its docstring is printed by --list,
+# the rest stands below the picture.
 ALL = [fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae]
-ALL += [fig10_projections, sampling, interpolation, any_to_any, group_elements, eigenvalues]
+ALL += [fig10_projections, sampling, interpolation, group_elements, eigenvalues]
 ALL += [partial_augmentation, prior_samples, traversals]
 ALL += [latent_plane, training_curves, page]
 FIGURES: dict[str, Callable] = {f.__name__: f for f in ALL}
@@ -938,16 +981,21 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
         try:
             require(hasattr(run.model, "maps") or f in OF_CVAES, "a LAVAE")
             pages = f(run)
-        except Exception as error:  # no reason to stop the other figures
-            if not isinstance(error, Refused):
-                traceback.print_exc()
+        except Refused as error:
             missing.append(f"{run.folder}: {name} {error}")
             continue
         for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
             path = run.folder / f"{part}.{'html' if isinstance(page, str) else 'png'}"
-            save(page, path)
+            save(page if isinstance(page, str) else captioned(page, f), path)
             print(f"  {path}")
     return missing
+
+
+def captioned(page: Image.Image, figure: Callable) -> Image.Image:
+    """A figure's picture, and below it what to look for: the second part of its docstring."""
+    words = (inspect.getdoc(figure) or "").partition("\n\n")[2]
+    caption = text(textwrap.fill(words, page.width // 13))
+    return table([[page], [caption], []], "c")
 
 
 def own_images(run: Run, paths: Sequence[Path]) -> Image.Image:
@@ -999,7 +1047,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         if options.list:
-            print("\n".join(f"{name:22} {f.__doc__ or ''}" for name, f in FIGURES.items()))
+            for name, f in FIGURES.items():
+                print(f"{name:22} {(f.__doc__ or name).splitlines()[0]}")
             return
         runs, wrong = load_runs(options)
         tables = grouped(runs, *OWN_OPTIONS)
@@ -1036,7 +1085,7 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 
 def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Namespace) -> Run:
     """A Run, with an image of each class that the figures show. Raises Refused: there is no such
-    class, or the model does not know one."""
+    class."""
     x, y = data[2:]
     if y is None:  # then ten images stand for all
         digits = evenly(x, 10)
@@ -1046,10 +1095,6 @@ def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Nam
         labels = known[:10] if options.digits is None else np.unique(options.digits)
         if unknown := {*labels} - {*known}:
             raise Refused(f"--digits {min(unknown)}: there is no test image of it")
-        if getattr(model, "by_digit", False) and known[-1] >= model.classes:
-            raise Refused(
-                f"{folder}: test label {known[-1]}, but training had none above {model.classes - 1}"
-            )
         names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
         shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
         digits = one_of_each(x[shown], y[shown])

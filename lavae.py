@@ -203,8 +203,6 @@ class LAVAE(nn.Module):
         self.heads = nn.ModuleDict()
         for names in self.transfers:
             self.heads["+".join(names)] = Decoder(latent_dim, filters, hidden, entry)
-        if joint not in (None, "identity", "signs"):
-            raise ValueError(f"joint is None, identity or signs, not {joint}")
         if joint == "signs":
             for i, f in enumerate(self.maps):
                 signs = 1.0 - 2.0 * (torch.arange(latent_dim) >> i & 1)
@@ -274,10 +272,7 @@ class LAVAE(nn.Module):
 
 
 def in_blocks(images: Tensor | np.ndarray, encoder: Encoder) -> list[Tensor]:
-    """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype.
-    Raises TypeError: the array has a mask."""
-    if np.ma.isMA(images):
-        raise TypeError("a mask is not looked at: give a plain array")
+    """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype."""
     images = torch.as_tensor(images, device=encoder.device)
     return [pixels(block, encoder.dtype) for block in images.split(BLOCK)]
 
@@ -627,7 +622,6 @@ def read(path: str | Path) -> dict:
 
 def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
     """Write a model, and the settings that it was trained with. Raises OSError."""
-    model = getattr(model, "_orig_mod", model)  # that torch.compile was given
     content = {"class": type(model).__name__, "arguments": model.arguments, "settings": settings}
     write({**content, "tensors": model.state_dict()}, path)
 

@@ -40,6 +40,7 @@ from augment import (
     PAIRS,
     Refused,
     all_views,
+    check_order,
     load_images,
     new_parser,
     one_line_errors,
@@ -584,8 +585,6 @@ def begin(run: Namespace) -> Checkpoint:
                     f"{run.out} was begun with {words({name: value})}: give the same options"
                 )
         return Checkpoint(state, content)
-    if there and there[0].suffix != ".pt":  # no state.pt and no model.pt
-        raise FileExistsError(f"{there[0]} is of something else: choose another --out")
     if there and not run.overwrite:
         raise FileExistsError(
             f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
@@ -821,6 +820,8 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
             raise Refused(f"{run.dataset} has {len(x_train)} images: lower --latent-dim")
         if y_train is None and run.condition in ("digit", "both"):
             raise Refused(f"--condition {run.condition}: {run.dataset} has no labels")
+        for aug in run.augs:
+            check_order(x_train[:100], aug)
         model = train(run, x_train, y_train, device, begin(run))
         print(f'now: python "{Path(__file__).with_name("evaluate.py")}" "{run.out}"')
     return model.requires_grad_(False).eval()
