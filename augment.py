@@ -569,7 +569,7 @@ def grid(
 
 
 def save(page: Image.Image | str, path: Path) -> None:
-    """Write a picture or a text. Raises OSError, which names the file."""
+    """Write a picture or a text. Raises OSError, Refused: the message names the file."""
     if isinstance(page, str):
         path.write_text(page, encoding="utf-8")
         return
@@ -578,6 +578,8 @@ def save(page: Image.Image | str, path: Path) -> None:
     except OSError as error:
         error.filename = path
         raise
+    except ValueError as error:
+        raise Refused(f"cannot write {path} ({error}): choose another --out") from error
 
 
 def evenly(items: np.ndarray, n: int) -> np.ndarray:

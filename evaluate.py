@@ -120,7 +120,7 @@ class Run:
     @torch.no_grad()
     def draw(self, z: Tensor, decoder: nn.Module | None = None) -> np.ndarray:
         """Latents (N, latent_dim) to pictures, uint8 (N, 28, 28). decoder: a head, perhaps."""
-        p = (decoder or self.model.decoder)(z).sigmoid()
+        p = (decoder or self.model.decoder)(z.to(self.model.encoder.device)).sigmoid()
         return (p * 255).round().byte().cpu().numpy()
 
 
@@ -298,8 +298,9 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         row["wrongly_classified"] = None if correct.all() else bces[~correct].mean().item()
         transfer[key] = row
     if y is not None:  # of a class whose views look alike the probe cannot know them
-        by_class = [(str(c), correct[:, y == c].double().mean().item()) for c in np.unique(y)]
-        result["by_class"] = dict(by_class)
+        result["by_class"] = {
+            str(c): correct[:, y == c].double().mean().item() for c in np.unique(y)
+        }
     if len(model.augs) > 1:
         true = apply_in_order(x, map(AUGMENTATIONS.get, reversed(model.augs)))
         result["reverse"] = nats(model.decoder, reverse(model, z), true)
@@ -874,7 +875,7 @@ def prior_samples(run):
     """
     shape = 60, run.model.latent_dim
     z = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
-    drawn = run.draw(z.to(run.model.encoder.device))
+    drawn = run.draw(z)
     rows = [("", drawn[i : i + 10]) for i in range(0, 60, 10)]
     return grid("Samples of the prior, z ~ N(0, I)", [""] * 10, rows)
 
@@ -888,7 +889,7 @@ def traversals(run):
     steps = torch.linspace(-3, 3, 9)
     for i in range(model.latent_dim):
         z = model.encode(one[None]).repeat(9, 1)
-        z[:, i] = steps.to(z)
+        z[:, i] = steps
         rows.append((f"z{i + 1}", run.draw(z)))
     heads = [f"{v:.2f}" for v in steps.tolist()]
     return grid("One latent moved, the others kept", heads, rows, 52)
@@ -905,7 +906,7 @@ def latent_plane(run):
     heads = [f"{v:.1f}" for v in at.tolist()]
     for z2, head in zip(at.flip(0), heads[::-1]):  # from the top down
         z = torch.stack([at, z2.expand(len(at))], 1)
-        rows.append((head, run.draw(z.to(model.encoder.device))))
+        rows.append((head, run.draw(z)))
     return grid("D(z): z1 across, z2 upwards", heads, rows, cell=56)
 
 

@@ -1,13 +1,15 @@
-"""How fast things are beside what they stand in for, what an ideal head could get, and what a model
-costs that is never certain.
+"""How fast things are beside what they stand in for, what an ideal head could get, what a model
+costs that is never certain, and how many nats look like what.
 
     python assets/benchmark.py                     # prints the benchmark: some minutes
     python assets/benchmark.py limit runs/heat0/rotate_cw+flip_lr shear_x canny
     python assets/benchmark.py certain runs/cvae0
+    python assets/benchmark.py scale runs/flips runs/plain runs/cvae0
 
 The second command takes a run of a LAVAE and the augmentations of a head. It writes
 assets/results/limit-SOURCE-TARGET-SEED.json. The third takes a run of any model, and writes
-assets/results/certain-MODEL-FILTERS-SEED.json. All need requirements-test.txt.
+assets/results/certain-MODEL-FILTERS-SEED.json. The fourth takes runs whose first augmentation is
+flip_lr, and writes assets/nats.png. All need requirements-test.txt.
 """
 
 import contextlib
@@ -73,6 +75,30 @@ def certain(folder: str) -> None:
     name = f"certain-{settings['model']}-{settings['filters']}-{settings['seed']}.json"
     (ROOT / "assets" / "results" / name).write_text(json.dumps(found) + "\n")
     print(found)
+
+
+# ---------------------------------------------------------------- how many nats look like what
+
+
+def scale(*folders: str) -> None:
+    """Draw ten mirrored test digits as each run draws them from the originals. A row is named by
+    the mean cost of all test images, and the best row comes first."""
+    _, _, images, digits = augment.load_images()
+    chosen, rows = augment.one_of_each(images, digits), []
+    for folder in folders:
+        model = lavae.load(folder)
+        drawn = evaluate.latents_of_views(model, chosen, range(10))[1]
+        cost = evaluate.nats(
+            model.decoder,
+            evaluate.latents_of_views(model, images, digits)[1],
+            augment.flip_lr(images),
+        )
+        pictures = (255 * model.decoder(drawn).sigmoid()).round().byte().numpy()
+        rows.append((cost, pictures))
+    rows = [(f"{cost:.0f} nats", pictures) for cost, pictures in sorted(rows, key=lambda r: r[0])]
+    title = "Mirrored digits, and what models draw from the originals"
+    page = augment.grid(title, [*"0123456789"], [("true", augment.flip_lr(chosen)), None, *rows])
+    augment.save(page, ROOT / "assets" / "nats.png")
 
 
 # ---------------------------------------------------------------- what an ideal head could get
@@ -342,6 +368,8 @@ def benchmark() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["limit"]:
         limit(*sys.argv[2:])
+    elif sys.argv[1:2] == ["scale"]:
+        scale(*sys.argv[2:])
     elif sys.argv[1:2] == ["certain"]:
         certain(*sys.argv[2:])
     else:
