@@ -28,6 +28,7 @@ import json
 import math
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -182,7 +183,7 @@ def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     picture, found = np.zeros((1, 28, 28), np.uint8), {}
     picture[:, 6:22, 8:12] = picture[:, 6:10, 8:20] = 255
     powers = np.ndindex(*(ORDERS.get(aug, 0) for aug in augs))
-    powers = sorted(powers, key=lambda n: (max(n), sum(n)))  # views come first
+    powers = sorted(powers, key=lambda n: (max(n), sum(n), n[::-1]))  # views first
     words = [tuple(np.repeat(range(len(augs)), n)) for n in powers]
     for word in words:  # they grow, until no product of a new one and an augmentation is new
         seen = true_picture(picture, augs, word).astype(int)
@@ -685,7 +686,7 @@ def fig5_recursion(run):
     for label, points in projected(clouds, fast_ica):
         series.append((label, points, "dots" if label in run.names else "path"))
     left = grid(f"x <- D(E(x) L1), again and again: {run.augs[0]}", run.columns, rows, cell=72)
-    right = chart("Latents; a path that ends where it began is stable", [[("", series)]], side=500)
+    right = chart("Latents. A stable path comes back to where it began", [[("", series)]], side=500)
     return table([[left, right]])
 
 
@@ -752,8 +753,8 @@ def fig9_paired_cvae(run):
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
 
-    Compare the second column with the third: good maps put latents where those of the views are.
-    Colours that lie apart are views that can be told from the latent.
+    Good maps give the third column the same shapes as the second, perhaps mirrored. Colours that
+    lie apart are views that the latent tells. PCA may draw all views of an image at one point.
     """
     x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
     images = all_views(x, run.augs)
@@ -771,9 +772,7 @@ def fig10_projections(run):
             found = projected(dict(zip(run.names, parts)), project)
             series = [(label, points, "dots") for label, points in found]
             rows[-1].append((f"{cloud}, {name}", series))
-    return chart(
-        f"{len(x)} test digits; views of one coincide where an axis is symmetric", rows, side=260
-    )
+    return chart(f"{len(x)} test images, a colour for each view", rows, side=260)
 
 
 def sampling(run):
@@ -808,8 +807,8 @@ def interpolation(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
-    Drawn should look like true, also where there is a star: maps compose what training has not
-    shown.
+    Drawn should look like true. Where there is a star the maps may be right and the picture still
+    be worse, because the decoder has never drawn it.
     """
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
@@ -838,26 +837,28 @@ def by_digit(run, title, heads, rows):
 def eigenvalues(run):
     """the eigenvalues of each map around the unit circle
 
-    1 keeps a direction of the latents, and -1 reverses it. A turn has eigenvalues at multiples of
-    its angle. Inside the circle something is lost.
+    An eigenvalue at 0° keeps a direction of the latents, one at 180° reverses it. Those of a turn
+    lie at multiples of its angle. Inside the circle something is lost.
     """
     found, panels = group(linear(run))["eigenvalues"], []
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     for name, values in found.items():
-        near = {}
-        for word, root in (("+1", (1, 0)), ("-1", (-1, 0)), ("+i", (0, 1)), ("-i", (0, -1))):
-            near[word] = sum(math.dist(value, root) < 0.1 for value in values)
-        heading = ", ".join(f"{n} at {word}" for word, n in near.items() if n)
+        near = Counter()  # the circle, by angle in steps of three degrees
+        for re, im in values:
+            if abs(math.hypot(re, im) - 1) < 0.1:
+                near[3 * round(abs(math.degrees(math.atan2(im, re))) / 3)] += 1
+        near = [f"{n} at {'±' * (0 < a < 180)}{a}°" for a, n in sorted(near.items())]
         series = [("unit circle", circle, "line"), ("eigenvalue", np.array(values), "marks")]
-        panels.append((f"{name}: {heading or 'none at a root'}", series))
+        panels.append((f"{name}: {', '.join(near)}", series))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
 
 
 def partial_augmentation(run):
     """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
 
-    L^t should look like the truth, and keep its strokes. The blend fades on the way.
+    Where there is a true row, L^t should look like it. Half way, the blend has lost what L
+    reverses.
     """
     z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
@@ -892,13 +893,13 @@ def traversals(run):
         z[:, i] = steps
         rows.append((f"z{i + 1}", run.draw(z)))
     heads = [f"{v:.2f}" for v in steps.tolist()]
-    return grid("One latent moved, the others kept", heads, rows, 52)
+    return grid("One number of the latent moved, the others kept", heads, rows, 52)
 
 
 def latent_plane(run):
     """the whole latent plane, decoded (--latent-dim 2 only)
 
-    Neighbours look alike. A matrix must take each point to that of its mirror image.
+    Neighbours look alike. A map takes each point to that of the augmented picture.
     """
     model = run.model
     require(model.latent_dim == 2, f"a run with --latent-dim 2, not {model.latent_dim}")
@@ -913,8 +914,8 @@ def latent_plane(run):
 def training_curves(run):
     """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
 
-    bce should fall to the end. kl rises while latents learn to carry the image. equivariance falls
-    when its weight has grown.
+    bce should fall to the end. kl rises while latents learn to carry the image. equivariance should
+    end near zero: then good maps exist.
     """
     path, panels = run.folder / "metrics.json", []
     require(path.is_file(), "the metrics.json that train.py wrote")

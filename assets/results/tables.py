@@ -1,4 +1,4 @@
-"""The numbers of both READMEs and the heat-maps, made from the runs that are kept here.
+"""The numbers of both READMEs, of the answers and the heat-maps, made from the runs kept here.
 
     python assets/results/tables.py                 # rows and half-sentences, by name
     python assets/results/tables.py keep RUN NAME   # a run's numbers, to assets/results/NAME.json
@@ -43,7 +43,7 @@ def rounded(thing):
 def keep(run, name):
     """What README needs of a run, to assets/results/NAME.json."""
     content = json_of(Path(run, "metrics.json"))
-    del content["history"]
+    content["stage 2"] = content.pop("history").get("stage 2")
     content["evaluation"] = json_of(Path(run, "evaluation.json"))
     (HERE / f"{name}.json").write_text(json.dumps(rounded(content)) + "\n")
 
@@ -215,6 +215,8 @@ def readme_parts():
         **parts_words(),
         **table1_parts(),
         **heatmap_parts(),
+        **answers(),
+        "planes_90": planes_words(),
     }
 
 
@@ -327,6 +329,23 @@ def parts_words():
     return words
 
 
+def turned_in(degrees):
+    """What benchmark.py found of planes of latents: [angle of the eigenvalue, angle in half a step]
+    of each."""
+    return json_of(HERE / f"planes-{degrees}.json")
+
+
+def planes_words():
+    """How much planes with the eigenvalues i and -i turn in half a quarter turn."""
+    halves = [half for angle, half in turned_in(90)["planes"] if angle == 90]
+    right, wrong = [h for h in halves if h > 0], [-h for h in halves if h < 0]
+    assert len(right) == len(wrong) == 2
+    return (
+        f"two have turned by {right[0]} and {right[1]} degrees, and two by {wrong[0]} and "
+        f"{wrong[1]} the other way"
+    )
+
+
 def joint():
     (stuck,), (signs,) = results("joint-identity"), results("joint-signs")
     for values in stuck["group"]["eigenvalues"].values():
@@ -406,6 +425,76 @@ def heatmap_parts():
     limits = [json_of(path) for path in sorted(HERE.glob("limit-*.json"))]
     parts["limit_ideal"] = " and ".join(f"{one['ideal']:.0f}" for one in limits)
     parts["limit_told"] = f"{mean(one['told'] for one in limits):.0f}"
+    return parts
+
+
+# ---------------------------------------------------------------- the answers' parts
+
+EXERCISES = {  # the kept runs, exercise-NAME-SEED.json, and what the rows are called
+    "quick": "`--preset quick` alone",
+    "plain": "1, no equivariance loss",
+    "wrong": "2, the wrong order",
+    "stuck": "3, a bad start",
+    "turn": "4, one augmentation",
+    "plane": "5, latents of two numbers",
+    "mlp": "6, a map that bends",
+    "luck": "7, luck, seed {seed}",
+    "turns": "the same with the equivariance loss",
+    "rotate_30": "8, steps of 30 degrees",
+    "rotate_45": "8, steps of 45 degrees",
+    "rotate_60": "8, steps of 60 degrees",
+    "transpose": "9, two mirrors",
+    "letters": "10, letters",
+}
+
+
+def exercise(name):
+    """The kept run of an exercise."""
+    return json_of(HERE / f"exercise-{name}-0.json")
+
+
+def answers():
+    """The rows of the answers, by name."""
+    rows, errors, steps = [], [], []
+    for name, label in EXERCISES.items():
+        for seed, one in enumerate(results(f"exercise-{name}")):
+            drawn = ", ".join(f"{one[view]:.1f}" for view in views_of(one))
+            numbers = f"{total(one):.1f}", f"{direct(one):.1f}", f"{total(one) - direct(one):.1f}"
+            rows.append(row(label.format(seed=seed), drawn, *numbers))
+    for name in ("quick", "plain"):
+        run = exercise(name)
+        maps = [f"{one['error']:.4f}" for one in run["stage 2"]]
+        one = run["evaluation"]
+        costs = [f"{one[view] - one['direct'][view]:.1f}" for view in views_of(one)]
+        errors.append(row(EXERCISES[name], *maps, *costs))
+    for degrees in (30, 45, 60):
+        half = exercise(f"rotate_{degrees}")["evaluation"]["parts"][f"rotate_{degrees}"]["0.5"]
+        nats = [half["power"], turned_in(degrees)["nats"][1], half["blend"], half["direct"]]
+        halves = {}
+        for angle, turned in turned_in(degrees)["planes"]:
+            turned = abs(turned) if angle == 180 else turned
+            halves.setdefault(angle, []).append(f"{turned}".replace("-", "−"))
+        del halves[0]
+        words = [f"{angle}°: {', '.join(dict.fromkeys(h))}" for angle, h in halves.items()]
+        steps.append(row(f"{degrees}°", *(f"{value:.1f}" for value in nats), "; ".join(words)))
+    parts = {"answers": "\n".join(rows), "errors": "\n".join(errors), "steps": "\n".join(steps)}
+    for name in ("wrong", "turn", "transpose"):
+        group = exercise(name)["evaluation"]["elements"]
+        parts[f"group_{name}"] = "\n".join(row(e, f"{nats:.1f}") for e, nats in group.items())
+    ways = []
+    for name in ("quick", "mlp"):
+        (one,) = results(f"exercise-{name}")
+        found = [one[view] for view in (*views_of(one)[1:], "reverse")]
+        found += [back(one, view) for view in views_of(one)[1:]]
+        ways.append(row(EXERCISES[name], *(f"{nats:.1f}" for nats in found)))
+    parts["ways"] = "\n".join(ways)
+    letters = exercise("letters")["evaluation"]["by_class"]
+    named = [(100 * share, chr(65 + int(label))) for label, share in letters.items()]
+    for known, test in (("known", (70.0).__le__), ("unknown", (70.0).__gt__)):
+        chosen = [(share, letter) for share, letter in named if test(share)]
+        parts[f"letters_{known}"] = f"{' '.join(letter for _, letter in chosen)}: " + range_of(
+            [share for share, _ in chosen]
+        )
     return parts
 
 
