@@ -700,8 +700,8 @@ def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
 def fig6_transfer(run):
     """Fig. 6: the same latents drawn by the decoder of each transfer
 
-    Where a picture is a mixture, the latent does not say which view it is of: a 0 and its mirror
-    image look alike.
+    Where a picture is a mixture, the latent does not say which view it is of: some digits are
+    their own mirror images.
     """
     model, z, pages = run.model, run.model.encode(run.digits), {}
     require(model.transfers, "a transfer: train with --transfer")
@@ -807,8 +807,8 @@ def interpolation(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
-    Drawn should look like true. Where there is a star the maps may be right and the picture still
-    be worse, because the decoder has never drawn it.
+    Drawn should look like true. Training has not shown the products with a star, so the decoder has
+    never drawn them.
     """
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
@@ -857,8 +857,8 @@ def eigenvalues(run):
 def partial_augmentation(run):
     """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
 
-    Where there is a true row, L^t should look like it. Half way, the blend has lost what L
-    reverses.
+    Where there is a true row, L^t should look like it. The blend is a straight line from t = 0 to
+    t = 1, and on from there.
     """
     z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}

@@ -320,9 +320,9 @@ def equivariance_loss(z: Tensor, orders: Sequence[int | None]) -> Tensor:
     z: the latents of all views of B images, (2^K, B, d), in the order of `augment.views`. orders:
     the k of each augmentation, or None.
 
-    Why it is needed: Eq. 5 allows a latent that is the sum of a feature a, which A_i keeps, and a
-    feature b, whose sign A_i changes. Then a + b becomes a - b, and no matrix computes that from
-    a + b. This loss makes the encoder put a and b into different latents.
+    Why it is needed: let images have a feature a, which A_i keeps, and a feature b, whose sign A_i
+    changes. Eq. 5 allows the latents (a, b), but also (a, 2^b), and no matrix takes 2^b to 2^-b.
+    This loss makes the encoder choose latents like (a, b).
     """
     # Views 0 .. 2^i - 1 come before A_i. View v + 2^i is A_i of view v.
     ends = [2**i for i in range(len(orders))]

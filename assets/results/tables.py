@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import evaluate
-from augment import load_images
+from augment import evenly, load_images, rotate_30
 
 HERE = Path(__file__).resolve().parent
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
@@ -43,7 +43,9 @@ def rounded(thing):
 def keep(run, name):
     """What README needs of a run, to assets/results/NAME.json."""
     content = json_of(Path(run, "metrics.json"))
-    content["stage 2"] = content.pop("history").get("stage 2")
+    history = content.pop("history")
+    content["stage 2"] = history.get("stage 2")
+    content["kl"] = history["stage 1"][-1]["kl"]
     content["evaluation"] = json_of(Path(run, "evaluation.json"))
     (HERE / f"{name}.json").write_text(json.dumps(rounded(content)) + "\n")
 
@@ -124,9 +126,14 @@ def result_row(label, rows):
 def perfect_copy():
     """What the test images themselves cost, as a row: the entropy of their grey pixels. A flip
     changes nothing in it."""
-    x = torch.from_numpy(load_images()[2]).double() / 255
-    entropy = (torch.special.entr(x) + torch.special.entr(1 - x)).sum((1, 2)).mean().item()
+    entropy = entropy_of(load_images()[2])
     return row("a perfect copy", *[f"{entropy:.1f}"] * 4, f"**{4 * entropy:.1f}**")
+
+
+def entropy_of(images):
+    """The mean entropy of images, in nats: what a perfect copy costs."""
+    x = torch.from_numpy(images).double() / 255
+    return (torch.special.entr(x) + torch.special.entr(1 - x)).sum((1, 2)).mean().item()
 
 
 def table1_row(label, rows):
@@ -307,10 +314,12 @@ def parts_of_a_turn():
 def parts_rows():
     """A row for each t, over seeds."""
     turns, rows = parts_of_a_turn(), []
+    images = evenly(load_images()[2], 3000)  # as evaluate.py takes
     for t in turns[0]:
         label = f"{30 * float(t):g}°" + ", shown" * (t == "1.0")
         cells = [spread([one[t][name] for one in turns]) for name in turns[0][t]]
-        rows.append(row(label, *cells))
+        copy = entropy_of(rotate_30(images, 30 * float(t)))
+        rows.append(row(label, *cells, f"{copy:.1f}"))
     return "\n".join(rows)
 
 
@@ -488,6 +497,9 @@ def answers():
         found += [back(one, view) for view in views_of(one)[1:]]
         ways.append(row(EXERCISES[name], *(f"{nats:.1f}" for nats in found)))
     parts["ways"] = "\n".join(ways)
+    stuck, quick = (exercise(name)["kl"] for name in ("stuck", "quick"))
+    parts["kl"] = f"({stuck:.0f} nats, in `quick` {quick:.0f})"
+    parts["never_turns"] = f"{range_of(never_shown(exercise('turns')['evaluation']))} nats"
     letters = exercise("letters")["evaluation"]["by_class"]
     named = [(100 * share, chr(65 + int(label))) for label, share in letters.items()]
     for known, test in (("known", (70.0).__le__), ("unknown", (70.0).__gt__)):
