@@ -293,11 +293,7 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
     one of your own returns something else."""
     found = views(images, [AUGMENTATIONS[a] for a in augs])
     for name, view in zip(view_names(augs), found):
-        _expect(
-            (view.dtype, view.shape) == (images.dtype, images.shape),
-            f"uint8 {images.shape} from {name}",
-            f"{view.dtype} {view.shape}",
-        )
+        _expect(_kind(view) == _kind(images), f"{_kind(images)} from {name}", _kind(view))
     return found
 
 
@@ -315,7 +311,8 @@ def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -
 
 def check_order(images: np.ndarray, aug: str) -> None:
     """Raises Refused: k times an augmentation of order k does not give images (N, H, W) back. (They
-    should be nearer to what they were than after one time.)"""
+    should be nearer to what they were than after one time.) Or it returns something else."""
+    all_views(images, [aug])
     k = ORDERS.get(aug, 0)
     once, again = (true_picture(images, [aug], [0] * n).astype(int) for n in (1, k))
     if np.abs(again - images).sum() > 0.7 * np.abs(once - images).sum():
@@ -380,7 +377,9 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
         name = "mnist.npz" if dataset == "mnist" else PureWindowsPath(dataset).name
         path = Path(data_dir, name)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: check --dataset, leave --data-dir out")
+        raise FileNotFoundError(
+            f"there is no {dataset}, and no {path}: check --dataset, --data-dir"
+        )
     return load_npz(path)
 
 
@@ -398,12 +397,12 @@ def load_npz(path: str | Path) -> tuple:
             keys = MEDMNIST if MEDMNIST[0] in there else KERAS
             found = {key: file[key] for key in keys if key in there}
     except Exception as error:  # a damaged file may raise anything
-        raise Refused(f"{path} is no whole .npz file of plain arrays ({error})") from error
+        raise Refused(f"{path} is no whole .npz file of plain arrays") from error
     x_train, y_train, x_test, y_test = (found.get(key) for key in keys)
     for key, x in zip(keys[::2], (x_train, x_test)):
-        good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x) > 0
+        good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x)
         given = f"{_kind(x)}; it holds {', '.join(there)}"
-        _expect(good, f"{path} to hold images, uint8 (N, 28, 28), as {key}", given)
+        _expect(good, f"{path} to hold images, 0 to 255, uint8 (N, 28, 28), as {key}", given)
     if y_train is None and y_test is None:
         return x_train, None, x_test, None
     for key, x, y in zip(keys[1::2], (x_train, x_test), (y_train, y_test)):
@@ -447,7 +446,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
         with Image.open(path) as file:
             picture = _grey(ImageOps.exif_transpose(file))
     except Exception as error:  # a broken file may raise anything
-        raise Refused(f"{path} is no picture that can be read") from error
+        raise Refused(f"{path} is not there, or no picture that can be read") from error
     picture.thumbnail((200, 200))
     grey = np.asarray(picture, np.float64)
     if np.median(grey) - grey.min() < grey.max() - np.median(grey):  # light on dark

@@ -168,11 +168,6 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
     return row | {"total": sum(row.values())}
 
 
-def reverse(model: LAVAE, z: Tensor) -> Tensor:
-    """z L_K .. L_2 L_1: all maps, in the reverse order of the last view."""
-    return apply_in_order(z, reversed(model.maps))
-
-
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The group that augmentations generate: {"rotate_cw^2+flip_lr": (0, 0, 1), ..}, with the
     numbers of the augmentations in each product, the first one first.
@@ -304,7 +299,8 @@ def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
         }
     if len(model.augs) > 1:
         true = apply_in_order(x, map(AUGMENTATIONS.get, reversed(model.augs)))
-        result["reverse"] = nats(model.decoder, reverse(model, z), true)
+        reverse = apply_in_order(z, reversed(model.maps))
+        result["reverse"] = nats(model.decoder, reverse, true)
     return result | dict(
         direct=with_total(each(encoded)),
         any_to_any=any_to_any,
@@ -550,7 +546,8 @@ def through_maps(
 
     Returns rows of a grid, (formula, pictures). decoder: a head, instead of the first decoder.
     """
-    latents = [*views(z, run.model.maps), reverse(run.model, z)]
+    maps = run.model.maps
+    latents = [*views(z, maps), apply_in_order(z, reversed(maps))]
     return [(formula.format(L), run.draw(z, decoder)) for L, z in zip(run.products, latents)]
 
 
@@ -642,7 +639,7 @@ def fig3_views(run):
     drawn = through_maps(run, run.model.encode(run.digits), "D(E(x){})")
     rows = view_rows(run.augs, run.digits, drawn)
     if len(run.augs) > 1:
-        true = apply_in_order(run.digits, map(AUGMENTATIONS.get, run.augs[::-1]))
+        true = all_views(run.digits, run.augs[::-1])[-1]
         rows += [None, ("+".join(run.augs[::-1]), true), drawn[-1]]
     return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, rows)
 
@@ -681,12 +678,12 @@ def fig5_recursion(run):
     for name, view in zip(run.names, all_views(evenly(run.data[2], 400), run.augs)):
         clouds[name] = run.model.encode(view)
     for word, i in (("stable", moved.argmin()), ("unstable", moved.argmax())):
-        clouds[f"{word}: {run.columns[i]}"] = path[:, i]
+        clouds[f"{word} path of {run.columns[i]}"] = path[:, i]
     series = []
     for label, points in projected(clouds, fast_ica):
         series.append((label, points, "dots" if label in run.names else "path"))
     left = grid(f"x <- D(E(x) L1), again and again: {run.augs[0]}", run.columns, rows, cell=72)
-    right = chart("Latents. A stable path comes back to where it began", [[("", series)]], side=500)
+    right = chart("Latents, by ICA. A stable path comes back", [[("", series)]], side=500)
     return table([[left, right]])
 
 
@@ -701,7 +698,7 @@ def fig6_transfer(run):
     """Fig. 6: the same latents drawn by the decoder of each transfer
 
     Where a picture is a mixture, the latent does not say which view it is of: some digits are
-    their own mirror images.
+    their own mirror images. Or the head has learnt too little.
     """
     model, z, pages = run.model, run.model.encode(run.digits), {}
     require(model.transfers, "a transfer: train with --transfer")
@@ -753,8 +750,8 @@ def fig9_paired_cvae(run):
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
 
-    Good maps give the third column the same shapes as the second, perhaps mirrored. Colours that
-    lie apart are views that the latent tells. PCA may draw all views of an image at one point.
+    Each panel has axes of its own. With good maps, look for the same groups in the second and the
+    third column. Colours that lie apart are views that can be told from the latent.
     """
     x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
     images = all_views(x, run.augs)
@@ -778,8 +775,8 @@ def fig10_projections(run):
 def sampling(run):
     """new digits and their views: z uniform in the bounding box of the training images' latents
 
-    Some first rows are no digits: the corners of the box are far from all latents. The maps do the
-    same to these, too.
+    Some pictures of the first row are no digits: the corners of the box are far from all latents.
+    The maps do the same to these, too.
     """
     z = run.model.encode(evenly(run.data[0], 10_000))
     share = torch.from_numpy(np.random.default_rng(0).random((10, z.shape[1]), np.float32))
@@ -838,7 +835,7 @@ def eigenvalues(run):
     """the eigenvalues of each map around the unit circle
 
     An eigenvalue at 0° keeps a direction of the latents, one at 180° reverses it. Those of a turn
-    lie at multiples of its angle. Inside the circle something is lost.
+    lie at multiples of its angle. Inside the circle something is lost. (Counted are those on it.)
     """
     found, panels = group(linear(run))["eigenvalues"], []
     turn = np.linspace(0, 2 * math.pi, 200)
@@ -857,8 +854,8 @@ def eigenvalues(run):
 def partial_augmentation(run):
     """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
 
-    Where there is a true row, L^t should look like it. The blend is a straight line from t = 0 to
-    t = 1, and on from there.
+    Where there is a true row, L^t should look like it. The last row, the blend, is a straight line
+    from t = 0 to t = 1, and on from there.
     """
     z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
@@ -925,7 +922,7 @@ def training_curves(run):
             losses = np.array([row["curve"][key] for row in rows])  # (epochs, parts)
             epochs = np.arange(1, losses.size + 1) / losses.shape[1]
             points = np.stack([epochs, losses.ravel()], 1)
-            line = key, points[2:], "line"  # the first are too high for the chart
+            line = key, points[min(2, len(points) - 1) :], "line"  # the first are too high
             panels.append((f"{stage}: {key}", [line]))
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, 300, True)
@@ -988,14 +985,16 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
             continue
         for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
             path = run.folder / f"{part}.{'html' if isinstance(page, str) else 'png'}"
-            save(page if isinstance(page, str) else captioned(page, f), path)
+            save(captioned(page, f), path)
             print(f"  {path}")
     return missing
 
 
-def captioned(page: Image.Image, figure: Callable) -> Image.Image:
-    """A figure's picture, and below it what to look for: the second part of its docstring."""
+def captioned(page: Image.Image | str, figure) -> Image.Image | str:
+    """What a figure has returned, and below a picture the second part of the figure's docstring."""
     words = (inspect.getdoc(figure) or "").partition("\n\n")[2]
+    if not words:
+        return page
     caption = text(textwrap.fill(words, page.width // 13))
     return table([[page], [caption], []], "c")
 
@@ -1087,7 +1086,9 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 
 def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Namespace) -> Run:
     """A Run, with an image of each class that the figures show. Raises Refused: there is no such
-    class."""
+    class, or augment.py lacks an augmentation of the model."""
+    if lacking := {*sum(model.transfers, model.augs)} - {*AUGMENTATIONS}:
+        raise Refused(f"{folder}: augment.py has no {', '.join(lacking)} any more")
     x, y = data[2:]
     if y is None:  # then ten images stand for all
         digits = evenly(x, 10)

@@ -577,7 +577,9 @@ def begin(run: Namespace) -> Checkpoint:
     there = [run.out / name for name in names if (run.out / name).exists()]
     if run.resume:
         if not state.is_file():
-            raise FileNotFoundError(f"{run.out} holds no interrupted run: leave --resume out")
+            raise FileNotFoundError(
+                f"{run.out} holds no interrupted run (perhaps a finished one): leave --resume out"
+            )
         content = lavae.read(state)
         for name, value in content["settings"].items():
             if value != settings.get(name) and name != "device":
@@ -759,8 +761,8 @@ def parser_of() -> argparse.ArgumentParser:
     add(
         "--equivariance-weight",
         type=weight,
-        help="weight of the equivariance loss in stage 1 (default 150). It is a mean: the weight\n"
-        "grows from 0 to three times this. 0 leaves Eq. 5 as in the paper",
+        help="weight of the equivariance loss in stage 1 (default 150), on average: it grows from\n"
+        "0 to three times this. 0 leaves Eq. 5 as in the paper",
     )
     add(
         "--involution-weight",

@@ -253,8 +253,8 @@ one flip {first.flip:.1f}, {free.flip:.1f} |
 | Stage 1 must see the augmented views | yes | total {ours.total:.0f}, without {vae.total:.0f} |
 | Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, in stages \
 {ours0.total:.0f} |
-| Latents transfer to other augmentations | partly | if a probe sees the view \
-{head.correctly_classified:.0f}, else {head.wrongly_classified:.0f} |"""
+| Latents transfer to other augmentations | partly | named rightly by a probe \
+{head.correctly_classified:.0f}, wrongly {head.wrongly_classified:.0f} |"""
 
 
 def claims():
