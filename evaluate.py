@@ -834,8 +834,8 @@ def by_digit(run, title, heads, rows):
 def eigenvalues(run):
     """the eigenvalues of each map around the unit circle
 
-    An eigenvalue at 0° keeps a direction of the latents, one at 180° reverses it. Those of a turn
-    lie at multiples of its angle. Inside the circle something is lost. (Counted are those on it.)
+    At 0° a direction of the latents is kept, at 180° it is reversed. A turn has eigenvalues at
+    multiples of its angle. Those inside the circle lose something, and are not counted.
     """
     found, panels = group(linear(run))["eigenvalues"], []
     turn = np.linspace(0, 2 * math.pi, 200)
