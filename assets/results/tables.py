@@ -251,8 +251,8 @@ one flip {first.flip:.1f}, {free.flip:.1f} |
 | LAVAE beats conditional VAEs | partly | both flips {ours.both:.1f}, paired CVAE \
 {paired.both:.1f}; one flip {ours.flip:.1f}, {paired.flip:.1f} |
 | Stage 1 must see the augmented views | yes | total {ours.total:.0f}, without {vae.total:.0f} |
-| Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, in stages \
-{ours0.total:.0f} |
+| Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, or {signs.total:.0f} \
+with fixed signs; in stages {ours0.total:.0f} |
 | Latents transfer to other augmentations | partly | named rightly by a probe \
 {head.correctly_classified:.0f}, wrongly {head.wrongly_classified:.0f} |"""
 
@@ -274,6 +274,7 @@ def claims():
         first=mean_of(published[:1]),
         mlp=mean_of(results("published-mlp")),
         stuck=mean_of(results("joint-identity")),
+        signs=mean_of(results("joint-signs")),
         free=mean_of(results("published-free")),
         head=mean_of(heads_of(ours)),
     )
@@ -481,10 +482,9 @@ def answers():
         nats = [half["power"], turned_in(degrees)["nats"][1], half["blend"], half["direct"]]
         halves = {}
         for angle, turned in turned_in(degrees)["planes"]:
-            turned = abs(turned) if angle == 180 else turned
-            halves.setdefault(angle, []).append(f"{turned}".replace("-", "−"))
-        del halves[0]
-        words = [f"{angle}°: {', '.join(dict.fromkeys(h))}" for angle, h in halves.items()]
+            if angle and (angle < 180 or turned > 0):  # one of the two of a plane
+                halves.setdefault(angle, []).append(f"{turned}".replace("-", "−"))
+        words = [f"{angle}°: {', '.join(h)}" for angle, h in halves.items()]
         steps.append(row(f"{degrees}°", *(f"{value:.1f}" for value in nats), "; ".join(words)))
     parts = {"answers": "\n".join(rows), "errors": "\n".join(errors), "steps": "\n".join(steps)}
     for name in ("wrong", "turn", "transpose"):
@@ -497,6 +497,9 @@ def answers():
         found += [back(one, view) for view in views_of(one)[1:]]
         ways.append(row(EXERCISES[name], *(f"{nats:.1f}" for nats in found)))
     parts["ways"] = "\n".join(ways)
+    eigenvalues = exercise("quick")["evaluation"]["group"]["eigenvalues"]
+    reversed_in = [sum(re < 0 for re, _ in values) for values in eigenvalues.values()]
+    parts["reversed"] = f"{reversed_in[0]} of flip_lr and {reversed_in[1]} of flip_ud"
     stuck, quick = (exercise(name)["kl"] for name in ("stuck", "quick"))
     parts["kl"] = f"({stuck:.0f} nats, in `quick` {quick:.0f})"
     parts["never_turns"] = f"{range_of(never_shown(exercise('turns')['evaluation']))} nats"
