@@ -251,8 +251,8 @@ one flip {first.flip:.1f}, {free.flip:.1f} |
 | LAVAE beats conditional VAEs | partly | both flips {ours.both:.1f}, paired CVAE \
 {paired.both:.1f}; one flip {ours.flip:.1f}, {paired.flip:.1f} |
 | Stage 1 must see the augmented views | yes | total {ours.total:.0f}, without {vae.total:.0f} |
-| Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, or {signs.total:.0f} \
-with fixed signs; in stages {ours0.total:.0f} |
+| Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, fixed signs \
+{signs.total:.0f}, in stages {ours0.total:.0f} |
 | Latents transfer to other augmentations | partly | named rightly by a probe \
 {head.correctly_classified:.0f}, wrongly {head.wrongly_classified:.0f} |"""
 
