@@ -911,8 +911,8 @@ def latent_plane(run):
 def training_curves(run):
     """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
 
-    bce should fall to the end. kl rises while latents learn to carry the image. equivariance should
-    end near zero: then good maps exist.
+    bce should fall to the end. kl tells how much latents carry. equivariance should end near zero:
+    then good maps exist.
     """
     path, panels = run.folder / "metrics.json", []
     require(path.is_file(), "the metrics.json that train.py wrote")
