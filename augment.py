@@ -312,10 +312,9 @@ def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -
 def check_order(images: np.ndarray, aug: str) -> None:
     """Raises Refused: k times an augmentation of order k does not give images (N, H, W) back. (They
     should be nearer to what they were than after one time.) Or it returns something else."""
-    all_views(images, [aug])
-    k = ORDERS.get(aug, 0)
-    once, again = (true_picture(images, [aug], [0] * n).astype(int) for n in (1, k))
-    if np.abs(again - images).sum() > 0.7 * np.abs(once - images).sum():
+    k, (_, once) = ORDERS.get(aug, 0), all_views(images, [aug])
+    again, x = true_picture(images, [aug], [0] * k), images.astype(int)
+    if np.abs(again - x).sum() > 0.7 * np.abs(once - x).sum():
         raise Refused(
             f"{aug} {k} times does not give the image back: correct ORDERS, and if pixels are "
             "interpolated, enter it in PARTS"

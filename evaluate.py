@@ -28,7 +28,6 @@ import json
 import math
 import statistics
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -841,13 +840,14 @@ def eigenvalues(run):
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     for name, values in found.items():
-        near = Counter()  # the circle, by angle in steps of three degrees
-        for re, im in values:
-            if abs(math.hypot(re, im) - 1) < 0.1:
-                near[3 * round(abs(math.degrees(math.atan2(im, re))) / 3)] += 1
-        near = [f"{n} at {'±' * (0 < a < 180)}{a}°" for a, n in sorted(near.items())]
-        series = [("unit circle", circle, "line"), ("eigenvalue", np.array(values), "marks")]
-        panels.append((f"{name}: {', '.join(near)}", series))
+        points = np.array(values)
+        z = points @ [1, 1j]
+        angles = np.angle(z[abs(abs(z) - 1) < 0.1], deg=True)  # of those near the circle
+        near = 3 * abs(angles / 3).round()  # in steps of three degrees
+        counts = zip(*np.unique(near, return_counts=True))
+        words = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
+        series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
+        panels.append((f"{name}: {', '.join(words)}", series))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
 
 

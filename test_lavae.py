@@ -1885,7 +1885,7 @@ def test_a_failed_allocation_is_one_line(error, run, small_data, tmp_path, monke
 @pytest.mark.parametrize("name", ["metrics.json", "evaluation.json"])
 def test_files_of_others_are_kept(name, tmp_path):
     (tmp_path / name).write_text("mine")
-    for words in ("", "--resume"):
+    for words in ("", "--overwrite", "--resume"):
         refused(train.main, asked(tmp_path, words), str(tmp_path))
     assert names_in(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
     assert options("--out", "~/x").out == Path.home() / "x"
@@ -1987,6 +1987,12 @@ def test_bugs_keep_their_traceback(run, tmp_path, no_figures, monkeypatch):
     refused(evaluate.main, [out], "--resume")
 
 
+def test_a_module_that_was_loaded_again(run, data):
+    load_again = runpy.run_path(str(HERE / "lavae.py"))["load"]
+    assert evaluate.measure(load_again(run[0]), few(data))["group"]
+    assert np.isfinite(evaluate.tsne(np.ones((50, 3)), steps=5)).all()
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -2033,8 +2039,11 @@ def test_damage_is_noticed(run, tmp_path):
             assert all(torch.equal(found[key], tensors[key]) for key in tensors)
         except OSError as error:
             assert "train again" in str(error)
-    (tmp_path / "mnist.npz").write_bytes(mnist[: len(mnist) // 2])
-    refused(train.main, ["--data-dir", tmp_path, "--out", tmp_path / "out"], "mnist.npz")
+    flipped = bytearray(mnist)
+    flipped[len(mnist) // 3] ^= 255
+    for damaged in (flipped, mnist[: len(mnist) // 2], b"PK\x03\x04" + bytes(81)):
+        (tmp_path / "mnist.npz").write_bytes(damaged)
+        refused(train.main, ["--data-dir", tmp_path, "--out", tmp_path / "out"], "mnist.npz")
 
 
 def test_a_reader_who_has_seen_enough(tmp_path):

@@ -587,7 +587,7 @@ def begin(run: Namespace) -> Checkpoint:
                     f"{run.out} was begun with {words({name: value})}: give the same options"
                 )
         return Checkpoint(state, content)
-    if there and not run.overwrite:
+    if there and not (run.overwrite and there[0].suffix == ".pt"):  # else it is of something else
         raise FileExistsError(
             f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
             "with --overwrite, or choose another --out"

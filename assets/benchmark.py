@@ -402,13 +402,6 @@ def benchmark() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["limit"]:
-        limit(*sys.argv[2:])
-    elif sys.argv[1:2] == ["scale"]:
-        scale(*sys.argv[2:])
-    elif sys.argv[1:2] == ["planes"]:
-        planes(*sys.argv[2:])
-    elif sys.argv[1:2] == ["certain"]:
-        certain(*sys.argv[2:])
-    else:
-        benchmark()
+    commands = {f.__name__: f for f in (benchmark, limit, certain, scale, planes)}
+    name, *words = sys.argv[1:] or ["benchmark"]
+    commands[name](*words)

@@ -340,8 +340,7 @@ def parts_words():
 
 
 def turned_in(degrees):
-    """What benchmark.py found of planes of latents: [angle of the eigenvalue, angle in half a step]
-    of each."""
+    """What `benchmark.planes` found: "planes" and "nats"."""
     return json_of(HERE / f"planes-{degrees}.json")
 
 
@@ -464,52 +463,78 @@ def exercise(name):
 
 
 def answers():
-    """The rows of the answers, by name."""
-    rows, errors, steps = [], [], []
+    """The rows and half-sentences of the answers, by name."""
+    groups = {}
+    for name in ("wrong", "turn", "transpose"):
+        elements = exercise(name)["evaluation"]["elements"]
+        groups[f"group_{name}"] = "\n".join(row(e, f"{n:.1f}") for e, n in elements.items())
+    stuck, quick = exercise("stuck"), exercise("quick")
+    eigenvalues = quick["evaluation"]["group"]["eigenvalues"]
+    lr, ud = (sum(re < 0 for re, _ in eigenvalues[aug]) for aug in ("flip_lr", "flip_ud"))
+    return {
+        "answers": exercise_rows(),
+        "errors": error_rows(),
+        "steps": "\n".join(map(step_row, (30, 45, 60))),
+        "ways": "\n".join(map(ways_row, ("quick", "mlp"))),
+        "reversed": f"{lr} of flip_lr and {ud} of flip_ud",
+        "kl": f"({stuck['kl']:.0f} nats, in `quick` {quick['kl']:.0f})",
+        "never_turns": f"{range_of(never_shown(exercise('turns')['evaluation']))} nats",
+        **groups,
+        **letters(),
+    }
+
+
+def exercise_rows():
+    """What the views and the maps cost, a row for each run."""
+    rows = []
     for name, label in EXERCISES.items():
         for seed, one in enumerate(results(f"exercise-{name}")):
             drawn = ", ".join(f"{one[view]:.1f}" for view in views_of(one))
-            numbers = f"{total(one):.1f}", f"{direct(one):.1f}", f"{total(one) - direct(one):.1f}"
-            rows.append(row(label.format(seed=seed), drawn, *numbers))
+            numbers = total(one), direct(one), total(one) - direct(one)
+            rows.append(row(label.format(seed=seed), drawn, *(f"{n:.1f}" for n in numbers)))
+    return "\n".join(rows)
+
+
+def error_rows():
+    """The errors of the maps in stage 2, and what they cost each view."""
+    rows = []
     for name in ("quick", "plain"):
         run = exercise(name)
-        maps = [f"{one['error']:.4f}" for one in run["stage 2"]]
-        one = run["evaluation"]
+        one, errors = run["evaluation"], [f"{found['error']:.4f}" for found in run["stage 2"]]
         costs = [f"{one[view] - one['direct'][view]:.1f}" for view in views_of(one)]
-        errors.append(row(EXERCISES[name], *maps, *costs))
-    for degrees in (30, 45, 60):
-        half = exercise(f"rotate_{degrees}")["evaluation"]["parts"][f"rotate_{degrees}"]["0.5"]
-        nats = [half["power"], turned_in(degrees)["nats"][1], half["blend"], half["direct"]]
-        halves = {}
-        for angle, turned in turned_in(degrees)["planes"]:
-            if angle and (angle < 180 or turned > 0):  # one of the two of a plane
-                halves.setdefault(angle, []).append(f"{turned}".replace("-", "−"))
-        words = [f"{angle}°: {', '.join(h)}" for angle, h in halves.items()]
-        steps.append(row(f"{degrees}°", *(f"{value:.1f}" for value in nats), "; ".join(words)))
-    parts = {"answers": "\n".join(rows), "errors": "\n".join(errors), "steps": "\n".join(steps)}
-    for name in ("wrong", "turn", "transpose"):
-        group = exercise(name)["evaluation"]["elements"]
-        parts[f"group_{name}"] = "\n".join(row(e, f"{nats:.1f}") for e, nats in group.items())
-    ways = []
-    for name in ("quick", "mlp"):
-        (one,) = results(f"exercise-{name}")
-        found = [one[view] for view in (*views_of(one)[1:], "reverse")]
-        found += [back(one, view) for view in views_of(one)[1:]]
-        ways.append(row(EXERCISES[name], *(f"{nats:.1f}" for nats in found)))
-    parts["ways"] = "\n".join(ways)
-    eigenvalues = exercise("quick")["evaluation"]["group"]["eigenvalues"]
-    reversed_in = [sum(re < 0 for re, _ in values) for values in eigenvalues.values()]
-    parts["reversed"] = f"{reversed_in[0]} of flip_lr and {reversed_in[1]} of flip_ud"
-    stuck, quick = (exercise(name)["kl"] for name in ("stuck", "quick"))
-    parts["kl"] = f"({stuck:.0f} nats, in `quick` {quick:.0f})"
-    parts["never_turns"] = f"{range_of(never_shown(exercise('turns')['evaluation']))} nats"
-    letters = exercise("letters")["evaluation"]["by_class"]
-    named = [(100 * share, chr(65 + int(label))) for label, share in letters.items()]
-    for known, test in (("known", (70.0).__le__), ("unknown", (70.0).__gt__)):
-        chosen = [(share, letter) for share, letter in named if test(share)]
-        parts[f"letters_{known}"] = f"{' '.join(letter for _, letter in chosen)}: " + range_of(
-            [share for share, _ in chosen]
-        )
+        rows.append(row(EXERCISES[name], *errors, *costs))
+    return "\n".join(rows)
+
+
+def step_row(degrees):
+    """What half a step costs, and how the planes of latents turn in it."""
+    parts, turned = exercise(f"rotate_{degrees}")["evaluation"]["parts"], turned_in(degrees)
+    half, halves = parts[f"rotate_{degrees}"]["0.5"], {}
+    nats = half["power"], turned["nats"][1], half["blend"], half["direct"]
+    for angle, by in turned["planes"]:
+        if angle and (angle < 180 or by > 0):  # one of the two of a plane
+            halves.setdefault(angle, []).append(f"{by}".replace("-", "−"))
+    words = [f"{angle}°: {', '.join(found)}" for angle, found in halves.items()]
+    return row(f"{degrees}°", *(f"{n:.1f}" for n in nats), "; ".join(words))
+
+
+def ways_row(name):
+    """What flips, their reverse order and the ways back cost."""
+    one = exercise(name)["evaluation"]
+    flips = views_of(one)[1:]
+    nats = [one[view] for view in (*flips, "reverse")] + [back(one, view) for view in flips]
+    return row(EXERCISES[name], *(f"{n:.1f}" for n in nats))
+
+
+def letters():
+    """Which letters the probe can tell from their mirror images, and which it cannot."""
+    by_class = exercise("letters")["evaluation"]["by_class"]
+    found = {chr(65 + int(label)): 100 * share for label, share in by_class.items()}
+    known = [letter for letter in found if found[letter] >= 70]
+    parts = {}
+    for name, chosen in (("known", known), ("unknown", sorted({*found} - {*known}))):
+        shares = range_of([found[letter] for letter in chosen])
+        parts[f"letters_{name}"] = f"{' '.join(chosen)}: {shares}"
     return parts
 
 
