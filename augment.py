@@ -52,24 +52,48 @@ def view_names(augs: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------- augmentations
 
 
+class Refused(ValueError):
+    """Something that a user asked for and cannot have. The message says what to do."""
+
+
+def _expect(there, what, given):
+    if not there:
+        raise Refused(f"expected {what}, got {given}")
+
+
+def _kind(array):
+    return f"{getattr(array, 'dtype', 'no array')} {np.shape(array)}"
+
+
+def _checked(images):  # of floats in [0, 1] most augmentations would make black pictures
+    good = _kind(images).startswith("uint8") and images.ndim == 3
+    _expect(good, "images, 0 to 255, uint8 (N, H, W)", _kind(images))
+    return images
+
+
+def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's caches
+    blocks = np.array_split(_checked(images), 1 + images.size // pixels)
+    return np.concatenate([f(block).astype(np.uint8) for block in blocks])
+
+
 def flip_lr(images: np.ndarray) -> np.ndarray:
     """Mirror left and right. Its own inverse: order 2."""
-    return _checked(images)[:, :, ::-1].copy()
+    return images[:, :, ::-1].copy()
 
 
 def flip_ud(images: np.ndarray) -> np.ndarray:
     """Mirror top and bottom. Its own inverse: order 2."""
-    return _checked(images)[:, ::-1].copy()
+    return images[:, ::-1].copy()
 
 
 def rotate_cw(images: np.ndarray) -> np.ndarray:
     """A quarter turn clockwise (H and W change places). Order 4; its inverse is rotate_ccw."""
-    return np.rot90(_checked(images), -1, axes=(1, 2)).copy()
+    return np.rot90(images, -1, axes=(1, 2)).copy()
 
 
 def rotate_ccw(images: np.ndarray) -> np.ndarray:
     """A quarter turn anticlockwise (H and W change places). Order 4; its inverse is rotate_cw."""
-    return np.rot90(_checked(images), 1, axes=(1, 2)).copy()
+    return np.rot90(images, 1, axes=(1, 2)).copy()
 
 
 def rotate_30(images: np.ndarray, degrees: float = 30.0) -> np.ndarray:
@@ -79,7 +103,7 @@ def rotate_30(images: np.ndarray, degrees: float = 30.0) -> np.ndarray:
     one after the other, give the image back, but smoother and without what left it. A pixel is a
     complex number x + i y here: a turn multiplies it. (The paper has no such augmentation.)
     """
-    y, x = np.indices(_checked(images).shape[1:]).reshape(2, -1)
+    y, x = np.indices(images.shape[1:]).reshape(2, -1)
     at = x + 1j * y
     at -= at.mean()  # the place of each pixel, from the centre
     source = at * np.exp(-1j * math.radians(degrees))  # where a new pixel comes from
@@ -88,7 +112,8 @@ def rotate_30(images: np.ndarray, degrees: float = 30.0) -> np.ndarray:
     weights = weights.astype(np.float32)
 
     def turn(block):
-        return np.rint(block.reshape(-1, len(at)) @ weights).reshape(block.shape)
+        flat = block.reshape(len(block), len(at))
+        return np.rint(flat @ weights).reshape(block.shape)
 
     return _in_blocks(turn, images)
 
@@ -100,17 +125,21 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     there is no inverse. (The authors draw the angle from -50 to -45 degrees for every image. The
     default is the middle.)
     """
-    height, width = _checked(images).shape[1:]
-    _expect(-90 < degrees < 90, "an angle between -90 and 90 degrees", degrees)
-    out = np.zeros_like(images)
-    for y in range(height):
-        shift = math.tan(math.radians(degrees)) * (y - (height - 1) / 2)  # out[x] = in[x + shift]
-        left = math.floor(shift)
-        x = np.arange(left, left + width + 1)
-        row = (images[:, y, x.clip(0, width - 1)] * ((x >= 0) & (x < width))).astype(np.float32)
-        f = np.float32(shift - left)
-        out[:, y] = np.rint((1 - f) * row[:, :-1] + f * row[:, 1:])
-    return out
+    height, width = images.shape[1:]
+
+    def slide(block):
+        out = np.empty_like(block)
+        for y in range(height):
+            shift = math.tan(math.radians(degrees)) * (y - (height - 1) / 2)
+            left = math.floor(shift)  # out[x] = in[x + shift]
+            x = np.arange(left, left + width + 1)
+            inside = (x >= 0) & (x < width)
+            row = (block[:, y, x.clip(0, width - 1)] * inside).astype(np.float32)
+            f = np.float32(shift - left)
+            out[:, y] = np.rint((1 - f) * row[:, :-1] + f * row[:, 1:])
+        return out
+
+    return _in_blocks(slide, images)
 
 
 def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
@@ -118,7 +147,6 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
 
     The image is mirrored at its borders. (The authors draw sigma from 0.1 to 2 for every image.)
     """
-    _expect(1e-3 <= sigma < math.inf, "a sigma of 0.001 pixels or more", sigma)
     weights = np.exp(-0.5 * (np.arange(-3, 4) / sigma) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
 
@@ -127,7 +155,7 @@ def gaussian_blur(images: np.ndarray, sigma: float = 1.0) -> np.ndarray:
         p = np.pad(block, ((0, 0), (3, 3), (3, 3)), "reflect").astype(np.float32)
         p = sum(w * p[:, i : i + height] for i, w in enumerate(weights))
         p = sum(w * p[:, :, i : i + width] for i, w in enumerate(weights))
-        return np.rint(p).astype(np.uint8)
+        return np.rint(p)
 
     return _in_blocks(blur, images)
 
@@ -138,13 +166,12 @@ def edge_detect(images: np.ndarray, alpha: float = 1.0) -> np.ndarray:
     The Laplacian has the kernel 0 1 0 / 1 -4 1 / 0 1 0. The image is mirrored at its borders, and
     the result is cut to 0..255. (The authors draw alpha from 0 to 1 for every image.)
     """
-    _expect(0 <= alpha <= 1, "an alpha from 0 to 1", alpha)
 
     def blend(block):
         p = np.pad(block, ((0, 0), (1, 1), (1, 1)), "reflect").astype(np.int16)
         centre = p[:, 1:-1, 1:-1]
         laplacian = p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:] - 4 * centre
-        return np.rint((1 - alpha) * centre + alpha * laplacian).clip(0, 255).astype(np.uint8)
+        return np.rint((1 - alpha) * centre + alpha * laplacian).clip(0, 255)
 
     return _in_blocks(blend, images)
 
@@ -156,7 +183,6 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
     the small pixel (antialiased bilinear). Where the corner was empty, clearing it is the inverse.
     It has no order: applied twice it is not undone.
     """
-    _expect(size >= 1, "a size of 1 pixel or more", size)
 
     def shrink(n):  # (min(size, n), n), each row the weights of one small pixel
         scale = n / min(size, n)
@@ -164,10 +190,14 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
         weights = np.maximum(0, 1 - np.abs(np.arange(n) + 0.5 - centres) / scale)
         return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
-    out = _checked(images).copy()
     rows, columns = (shrink(n) for n in images.shape[1:])
-    out[:, :size, :size] = np.rint(rows @ images.astype(np.float32) @ columns.T)
-    return out
+
+    def put(block):
+        out = block.copy()
+        out[:, :size, :size] = np.rint(rows @ block.astype(np.float32) @ columns.T)
+        return out
+
+    return _in_blocks(put, images)
 
 
 def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -175,7 +205,7 @@ def tl_sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
 
     The noise has mean 128 and standard deviation 32. The same image and seed get the same noise.
     """
-    out = _checked(images).copy()
+    out = images.copy()
     height, width = images.shape[1] // 4, images.shape[2] // 4
     for image, rng in zip(out, _generators(images, seed)):
         image[:height, :width] = _noise(rng, 32, (height, width))
@@ -187,7 +217,7 @@ def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
 
     The noise has mean 128 and standard deviation 16. The same image and seed get the same noise.
     """
-    out = _checked(images).copy()
+    out = images.copy()
     for image, rng in zip(out, _generators(images, seed)):
         chosen = rng.random(image.shape, np.float32) < 0.2
         image[chosen] = _noise(rng, 16, chosen.sum())
@@ -195,7 +225,7 @@ def sap_noise(images: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def _generators(images, seed):  # seeded by the pixels: then noise is a function of the image
-    for image in images:
+    for image in _checked(images):
         digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
         yield np.random.default_rng((seed, int.from_bytes(digest, "little")))
 
@@ -213,13 +243,9 @@ def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray
        the gradient. There are four directions.
     3. Follow: a kept pixel over `high` is an edge. So is one over `low` that touches an edge.
 
-    It has no inverse. Raises ValueError: the images are smaller than 3x3 pixels. (The authors draw
-    the thresholds near the defaults for every image.)
+    It has no inverse. (The authors draw the thresholds near the defaults for every image.)
     """
-    if min(_checked(images).shape[1:]) < 3:
-        raise ValueError(f"expected images of 3x3 pixels or more, got {images.shape}")
-    _expect(not math.isnan(low + high), "thresholds that are numbers", (low, high))
-    low, high = (math.floor(min(t, 32767) ** 2) if t > 0 else 0 for t in sorted((low, high)))
+    low, high = (math.floor(min(t, 32767) ** 2) for t in (low, high))
     return _in_blocks(lambda block: _canny(block, low, high), images)
 
 
@@ -291,7 +317,7 @@ PARTS = {  # A^t x, from images and t >= 0, where a part of an augmentation has 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
     """The 2^K views of images, uint8 (N, H, W), under augmentations given by name. Raises Refused:
     one of your own returns something else."""
-    found = views(images, [AUGMENTATIONS[a] for a in augs])
+    found = views(_checked(images), [AUGMENTATIONS[a] for a in augs])
     for name, view in zip(view_names(augs), found):
         _expect(_kind(view) == _kind(images), f"{_kind(images)} from {name}", _kind(view))
     return found
@@ -319,31 +345,6 @@ def check_order(images: np.ndarray, aug: str) -> None:
             f"{aug} {k} times does not give the image back: correct ORDERS, and if pixels are "
             "interpolated, enter it in PARTS"
         )
-
-
-def _checked(images):
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        raise TypeError(f"expected a uint8 array, got {getattr(images, 'dtype', type(images))}")
-    if images.ndim != 3 or 0 in images.shape[1:]:
-        raise ValueError(f"expected images of shape (N, H, W), H and W not 0, got {images.shape}")
-    return images
-
-
-class Refused(ValueError):
-    """Something that a user asked for and cannot have. The message says what to do."""
-
-
-def _expect(there, what, given):
-    if not there:
-        raise Refused(f"expected {what}, got {given}")
-
-
-def _in_blocks(f, images, pixels=400_000):  # few enough for the processor's caches
-    n = max(1, pixels // max(1, math.prod(_checked(images).shape[1:])))
-    out = np.empty_like(images)
-    for i in range(0, len(images), n):
-        out[i : i + n] = f(images[i : i + n])
-    return out
 
 
 # ---------------------------------------------------------------- data
@@ -397,22 +398,20 @@ def load_npz(path: str | Path) -> tuple:
             found = {key: file[key] for key in keys if key in there}
     except Exception as error:  # a damaged file may raise anything
         raise Refused(f"{path} is no whole .npz file of plain arrays") from error
-    x_train, y_train, x_test, y_test = (found.get(key) for key in keys)
-    for key, x in zip(keys[::2], (x_train, x_test)):
+    labelled, parts = {*keys[1::2]} & {*there}, []
+    for x_key, y_key in (keys[:2], keys[2:]):
+        x, y = found.get(x_key), found.get(y_key)
         good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x)
         given = f"{_kind(x)}; it holds {', '.join(there)}"
-        _expect(good, f"{path} to hold images, 0 to 255, uint8 (N, 28, 28), as {key}", given)
-    if y_train is None and y_test is None:
-        return x_train, None, x_test, None
-    for key, x, y in zip(keys[1::2], (x_train, x_test), (y_train, y_test)):
-        good = y is not None and y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1))
-        good = good and y.min() >= 0 and y.max() < 1000
-        _expect(good, f"{path} to hold a label from 0 to 999 for each image, as {key}", _kind(y))
-    return x_train, y_train.ravel(), x_test, y_test.ravel()
-
-
-def _kind(array):
-    return "nothing" if array is None else f"{array.dtype} {array.shape}"
+        _expect(good, f"{path} to hold images, 0 to 255, uint8 (N, 28, 28), as {x_key}", given)
+        if labelled:
+            good = y is not None and y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1))
+            good = good and y.min() >= 0 and y.max() < 1000
+            what = f"{path} to hold a label from 0 to 999 for each image, as {y_key}"
+            _expect(good, what, _kind(y))
+            y = y.ravel()
+        parts += [x, y]
+    return tuple(parts)
 
 
 def _download(dataset, data_dir):
@@ -437,7 +436,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
 
     MNIST's digits are white on black, in a box of 20x20, with the centre of mass in the middle. The
     picture may be in colour, dark on light or light on dark, and partly transparent. It is turned
-    as its EXIF data say. The ink is what differs from the page around it, whatever the light.
+    as its EXIF data say. The ink is what differs from the sheet around it, whatever the light.
 
     Raises Refused: the file is no picture, or there is no ink on it.
     """
@@ -450,10 +449,10 @@ def like_mnist(path: str | Path) -> np.ndarray:
     grey = np.asarray(picture, np.float64)
     if np.median(grey) - grey.min() < grey.max() - np.median(grey):  # light on dark
         picture, grey = ImageOps.invert(picture), 255 - grey
-    for _ in range(12):  # the page: strokes of less than 48 pixels are covered
+    for _ in range(12):  # the sheet: strokes of less than 48 pixels are covered
         picture = picture.filter(ImageFilter.MaxFilter(5))
-    page = np.asarray(picture.filter(ImageFilter.GaussianBlur(10)), np.float64)
-    ink = 1 - grey / page.clip(1)
+    sheet = np.asarray(picture.filter(ImageFilter.GaussianBlur(10)), np.float64)
+    ink = 1 - grey / sheet.clip(1)
     darkest = np.quantile(ink, 0.995)
     if not darkest > 0.1:
         raise Refused(f"{path} shows no digit: write it darker, and leave some paper around it")
@@ -474,12 +473,7 @@ def like_mnist(path: str | Path) -> np.ndarray:
 
 
 def _grey(picture):
-    """A picture in grey, 8 bits. Behind what is transparent: white or black, the one with more
-    contrast."""
-    if picture.mode.startswith(("I", "F")):  # 16 bits and more
-        grey = np.asarray(picture, np.float64)
-        grey = (grey - grey.min()) * (255 / (np.ptp(grey) or 1))
-        return Image.fromarray(grey.astype(np.uint8))
+    """A picture in grey. Behind what is transparent: white or black, the one with more contrast."""
     picture, layers = picture.convert("RGBA"), []
     for ground in ("white", "black"):
         ground = Image.new("RGBA", picture.size, ground)
@@ -490,17 +484,21 @@ def _grey(picture):
 # ---------------------------------------------------------------- pictures
 
 
-def text(words: str, size: int = 24, colour="black", paper="white") -> Image.Image:
-    """Words as a picture. Lines are centred. size: about the height of a line, in pixels."""
+def text(
+    words: str, size: int = 24, colour="black", paper="white", least: tuple[int, int] = (0, 0)
+) -> Image.Image:
+    """Words as a picture. Lines are centred. size: about the height of a line, in pixels. least:
+    the least width and height of the picture."""
     font, lines = ImageFont.load_default(size), words.split("\n")
-    width, height = 8 + math.ceil(max(map(font.getlength, lines))), size * 5 // 4 * len(lines)
-    page = Image.new("RGB", (width, height), paper)
-    ImageDraw.Draw(page).text((width / 2, height / 2), words, colour, font, "mm", align="center")
-    return page
+    width = max(least[0], 8 + math.ceil(max(map(font.getlength, lines))))
+    height = max(least[1], size * 5 // 4 * len(lines))
+    picture, middle = Image.new("RGB", (width, height), paper), (width / 2, height / 2)
+    ImageDraw.Draw(picture).text(middle, words, colour, font, "mm", align="center")
+    return picture
 
 
 def table(
-    rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4, paper="white"
+    rows: Sequence[Sequence[Image.Image | None]], align: str = "rc", gap: int = 4
 ) -> Image.Image:
     """Pictures in rows and columns. None leaves a place empty, and an empty row leaves a gap.
 
@@ -511,25 +509,17 @@ def table(
     widths = [max((p.width for p in column if p), default=0) for column in columns]
     heights = [max((p.height for p in row if p), default=14) for row in rows]
     size = [sum(sides) + gap * max(0, len(sides) - 1) for sides in (widths, heights)]
-    page, top = Image.new("RGB", size, paper), 0
+    picture, top = Image.new("RGB", size, "white"), 0
     for row, height in zip(rows, heights):
         left = 0
-        for i, (picture, width) in enumerate(zip(row, widths)):
-            if picture:
+        for i, (cell, width) in enumerate(zip(row, widths)):
+            if cell:
                 letter = align[min(i, len(align) - 1)]
-                x = left + (width - picture.width) * "lcr".index(letter) // 2
-                page.paste(picture, (x, top + (height - picture.height) // 2))
+                x = left + (width - cell.width) * "lcr".index(letter) // 2
+                picture.paste(cell, (x, top + (height - cell.height) // 2))
             left += width + gap
         top += height + gap
-    return page
-
-
-def box(size: tuple[int, int], paper, *lines: tuple[str, int]) -> Image.Image:
-    """A coloured box, with lines of (words, font size) in its middle."""
-    page = Image.new("RGB", size, paper)
-    words = table([[text(*line, paper=paper)] for line in lines], "c", 2, paper)
-    page.paste(words, ((page.width - words.width) // 2, (page.height - words.height) // 2))
-    return page
+    return picture
 
 
 def titled(title: str, *pictures: Image.Image) -> Image.Image:
@@ -549,11 +539,10 @@ def grid(
     rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
     cell: the side of an image, in pixels.
     """
-    heads = [text(words) for words in columns]
-    widest = Image.new("RGB", (max(head.width for head in heads), 0))  # so wide are all columns
     lines = []
     if any(columns):
-        heads = [table([[widest], [head]], "c", gap=0) for head in heads]
+        widest = max(text(words).width for words in columns)  # so wide are all columns
+        heads = [text(words, least=(widest, 0)) for words in columns]
         lines.append([None, *heads])
     for row in rows:
         line = []
@@ -566,13 +555,13 @@ def grid(
     return titled(title, table(lines))
 
 
-def save(page: Image.Image | str, path: Path) -> None:
+def save(content: Image.Image | str, path: Path) -> None:
     """Write a picture or a text. Raises OSError, Refused: the message names the file."""
-    if isinstance(page, str):
-        path.write_text(page, encoding="utf-8")
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
         return
     try:
-        page.save(path)
+        content.save(path)
     except OSError as error:
         error.filename = path
         raise

@@ -29,8 +29,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import cycle, groupby
 from pathlib import Path
 
@@ -51,7 +50,6 @@ from augment import (
     PARTS,
     Refused,
     all_views,
-    box,
     evenly,
     grid,
     like_mnist,
@@ -70,14 +68,15 @@ from augment import (
 )
 from lavae import BLOCK, CVAE, LAVAE, apply_in_order, matrix_power, pixels
 
-OWN_OPTIONS = ("model", "condition", "latent_map", "joint", "involution_weight")  # of some models
-OWN_OPTIONS += ("paper_involution", "equivariance_weight", "head", "transfer", "transfer_epochs")
 MODELS = {  # by --model, in the order of Table I
     "lavae": "LAVAE",
     "cvae": "CVAE, naive",
     "cvae-paired": "CVAE, paired",
     "vae": "VAE of originals",
 }
+TABLE_1, IDENTITY = "Table I, nats an image", "identity preserved, %"
+ANY, GROUP = "any view to any, nats", "the group, nats"
+PROBE, TRANSFER = "a probe names the view of z L, %", "transfer to B, nats"
 PAPER_TABLE = {  # Table I, of flip_lr+flip_ud; it gives the last row's total as 695.68
     "LAVAE": [68.34, 75.89, 71.30, 81.57],
     "CVAE, naive, told the view": [98.11, 260.18, 351.79, 279.82],
@@ -90,76 +89,107 @@ PAPER_TOTALS = {  # the authors' slides 13 and 21, {trained on: totals transferr
     PAIR_NAMES[2]: (440.25, 730.68, 329.20, 491.55),
     PAIR_NAMES[3]: (304.04, 781.76, 915.97, 516.54),
 }
+Tables = dict[str, dict[str, dict[str, float]]]  # {title: {row: {column: number}}}
 
 
-@dataclass
 class Run:
-    """A trained model, the data that it is measured with, and the digits that its figures show."""
+    """A trained model, the data that it is measured with, and the digits that its figures show.
 
-    folder: Path
-    model: LAVAE | CVAE
-    data: Sequence[np.ndarray]  # as load_images gives it
-    digits: np.ndarray  # uint8 (n, 28, 28), one image of each class
-    labels: np.ndarray  # (n,), their classes
-    columns: Sequence[str]  # (n,), what these are called
-    result: dict = field(default_factory=dict)  # of `measure`
-    peers: list["Run"] = field(default_factory=list)  # the rows of its Table I
+    Args:
+        folder: where its figures go.
+        model: one with settings, as `lavae.load` gives it.
+        data: as `load_images` gives it.
+        classes: those of the digits, by number; None for the first ten.
 
-    def __post_init__(self):
-        """names: of the views. products: what follows z in the formula of each view, and last in
-        that of the reverse composition, if there are two maps: "", " L1", " L2", " L1 L2",
-        " L2 L1"."""
-        self.settings, self.augs = self.model.settings, self.model.augs
+    names: of the views. products: what follows z in the formula of each view, and last in that of
+    the reverse composition, if there are two maps: "", " L1", " L2", " L1 L2", " L2 L1". digits:
+    uint8 (n, 28, 28), one image of each class; labels: their classes; columns: what these are
+    called. Raises Refused: there is no such class, or augment.py lacks an augmentation.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: LAVAE | CVAE,
+        data: Sequence[np.ndarray],
+        classes: Sequence[int] | None = None,
+    ):
+        self.folder, self.model, self.data, self.augs = folder, model, data, model.augs
+        self.settings, self.tables, self.peers = model.settings, {}, []
         self.kind, self.dataset = self.settings["model"], self.settings["dataset"]
+        if lacking := {*sum(model.transfers, self.augs)} - {*AUGMENTATIONS}:
+            raise Refused(f"{folder}: augment.py has no {', '.join(lacking)} any more")
+        self.label = MODELS[self.kind]
+        if self.kind == "cvae":
+            self.label += f", told the {self.settings['condition']}"
         self.names = view_names(self.augs)
         self.letters = [f"L{i}" for i in range(1, len(self.augs) + 1)]
         self.products = views("", [lambda s, L=L: f"{s} {L}" for L in self.letters])
         if len(self.augs) > 1:
             self.products.append(" " + " ".join(reversed(self.letters)))
+        self.class_names = CLASSES.get(self.dataset, "").split() or range(1000)
+        x, y = data[2:]
+        if y is None:  # then ten images stand for all
+            self.digits = evenly(x, 10)
+            self.labels, self.columns = np.zeros(len(self.digits), int), [""] * len(self.digits)
+            return
+        known = np.unique(y)
+        self.labels = known[:10] if classes is None else np.unique(classes)
+        if unknown := {*self.labels} - {*known}:
+            raise Refused(f"--digits {min(unknown)}: there is no test image of it")
+        shown = np.isin(y, self.labels)
+        self.digits = one_of_each(x[shown], y[shown])
+        self.columns = [str(self.class_names[label]) for label in self.labels]
+
+    @cached_property
+    def z(self) -> Tensor:
+        """The latents of the digits, (n, latent_dim)."""
+        return self.model.encode(self.digits, self.labels)
+
+    def settings_but(self, *names: str) -> dict:
+        """The settings without these and without the device."""
+        return {k: v for k, v in self.settings.items() if k not in ("device", *names)}
 
     @torch.no_grad()
     def draw(self, z: Tensor, decoder: nn.Module | None = None) -> np.ndarray:
         """Latents (N, latent_dim) to pictures, uint8 (N, 28, 28). decoder: a head, perhaps."""
-        p = (decoder or self.model.decoder)(z.to(self.model.encoder.device)).sigmoid()
-        return (p * 255).round().byte().cpu().numpy()
+        p = (decoder or self.model.decoder)(z).sigmoid()
+        return (p * 255).round().byte().numpy()
 
 
 # ---------------------------------------------------------------- numbers
 
 
 @torch.no_grad()
-def decoded(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[list[Tensor], Tensor]:
+def decoded(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Decode latents (N, latent_dim), and compare with uint8 images (N, 28, 28).
 
-    Returns the logits, in blocks, and the BCE of each image in nats: float64 (N,), on the CPU.
+    Returns the logits and the images in [0, 1], both (N, 28, 28), and the BCE of each image in
+    nats, float64 (N,).
     """
-    images = torch.as_tensor(images, device=z.device)
-    logits, bces = [decoder(block) for block in z.split(BLOCK)], []
-    for block, x in zip(logits, images.split(BLOCK)):
-        x = pixels(x, block.dtype)
-        bce = F.binary_cross_entropy_with_logits(block, x, reduction="none")
-        bces.append(bce.flatten(1).sum(1))
-    return logits, torch.cat(bces).cpu().double()
+    logits = torch.cat([decoder(block) for block in z.split(BLOCK)])
+    x = pixels(torch.as_tensor(images), logits.dtype)
+    bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return logits, x, bce.flatten(1).sum(1).double()
 
 
 def nats(decoder: nn.Module, z: Tensor, images: np.ndarray) -> float:
     """The mean BCE of `decoded`, nats an image."""
-    return decoded(decoder, z, images)[1].mean().item()
+    return decoded(decoder, z, images)[2].mean().item()
 
 
 def score(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[float, float]:
-    """(`nats`, identity). The identity is the share of drawn pictures to which no other image is
-    nearer (L2) than their own one."""
-    logits, bces = decoded(decoder, z, images)
-    targets = pixels(torch.as_tensor(images, device=z.device), z.dtype).flatten(1)
-    squares, hits, n = targets.square().sum(1), 0, 0
-    for block in logits:
-        drawn = block.sigmoid().flatten(1)
-        distances = squares - 2 * drawn @ targets.T  # and |D(z)|^2, which is the same for all
-        own = distances[:, n : n + len(block)].diagonal()
-        hits += (own <= distances.min(1).values + 1e-4).sum().item()  # equal images are hits
-        n += len(block)
-    return bces.mean().item(), hits / n
+    """(`nats`, identity). The identity is the percentage of drawn pictures to which no other image
+    is nearer (L2) than their own one."""
+    logits, x, bces = decoded(decoder, z, images)
+    x, hits = x.flatten(1), 0
+    squares = x.square().sum(1)
+    for own in torch.arange(len(x)).split(BLOCK):
+        drawn = logits[own].sigmoid().flatten(1)
+        distances = squares - 2 * drawn @ x.T  # and |D(z)|^2, which is the same for all
+        nearest = distances.min(1).values + 1e-4  # equal images are hits
+        hits += (distances[:, own].diagonal() <= nearest).sum().item()
+    return bces.mean().item(), 100 * hits / len(x)
 
 
 def with_total(row: dict[str, float]) -> dict[str, float]:
@@ -169,22 +199,32 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
 
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The group that augmentations generate: {"rotate_cw^2+flip_lr": (0, 0, 1), ..}, with the
-    numbers of the augmentations in each product, the first one first.
+    numbers of the augmentations in each product, the first one first. It begins with the views.
 
     Two products are one element if they do nearly the same to a picture without symmetry: 8 of 255
     grey levels are more than interpolation makes. Empty if one of the augmentations has no order.
     """
-    picture, found = np.zeros((1, 28, 28), np.uint8), {}
+    if not {*augs} <= {*ORDERS}:
+        return {}
+    picture, words, seen = np.zeros((1, 28, 28), np.uint8), [], []
     picture[:, 6:22, 8:12] = picture[:, 6:10, 8:20] = 255
-    powers = np.ndindex(*(ORDERS.get(aug, 0) for aug in augs))
-    powers = sorted(powers, key=lambda n: (max(n), sum(n), n[::-1]))  # views first
-    words = [tuple(np.repeat(range(len(augs)), n)) for n in powers]
-    for word in words:  # they grow, until no product of a new one and an augmentation is new
-        seen = true_picture(picture, augs, word).astype(int)
-        if all(np.abs(seen - other).mean() > 8 for other in found.values()):
-            found[word] = seen
-            words += [(*word, i) for i in range(len(augs))]
-    return {"+".join(written(augs, word)) or "orig": word for word in found}
+
+    def add_if_new(word):
+        image = true_picture(picture, augs, word).astype(int)
+        if all(np.abs(image - other).mean() > 8 for other in seen):
+            words.append(word)
+            seen.append(image)
+
+    each = range(len(augs))
+    for word in views((), [lambda word, i=i: (*word, i) for i in each]):
+        add_if_new(word)
+    size = 0
+    while size < len(words):  # until no product of an augmentation and an element is new
+        size = len(words)
+        for i in each:
+            for word in words:  # it grows
+                add_if_new((i, *word))
+    return {"+".join(written(augs, word)) or "orig": word for word in words}
 
 
 def written(names: Sequence[str], word: Sequence[int]) -> list[str]:
@@ -193,54 +233,54 @@ def written(names: Sequence[str], word: Sequence[int]) -> list[str]:
     return [f"{name}^{n}" if n > 1 else name for name, n in factors]
 
 
-def parts(model: LAVAE, aug: str, L: Tensor, x: np.ndarray) -> dict[float, dict[str, float]]:
+def costs_of_powers(model: LAVAE, aug: str, L: Tensor, x: np.ndarray) -> dict[str, dict]:
     """What a part of an augmentation costs, by t: nats between pictures and the truth A^t x.
 
-    "power" draws z L^t and "blend" (1 - t) z + t z L, with z = E(x). "direct" draws the latent of
-    the true picture itself, and "not moved" draws z. x: uint8 (N, 28, 28).
+    "L^t" draws z L^t and "blend" (1 - t) z + t z L, with z = E(x). "direct" draws the latent of the
+    true picture itself, and "not moved" draws z. x: uint8 (N, 28, 28).
     """
-    z, found = model.encode(x), {}
+    z, rows = model.encode(x), {}
     for t in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         true = PARTS[aug](x, t)
         latents = {
-            "power": z @ matrix_power(L, t),
+            "L^t": z @ matrix_power(L, t),
             "blend": (1 - t) * z + t * z @ L,
             "direct": model.encode(true),
             "not moved": z,
         }
-        found[t] = {name: nats(model.decoder, z_t, true) for name, z_t in latents.items()}
+        rows[f"t = {t}"] = {name: nats(model.decoder, z_t, true) for name, z_t in latents.items()}
+    return rows
+
+
+def eigenvalues_of(model: LAVAE) -> dict[str, list]:
+    """The eigenvalues of each map that is a matrix, by its augmentation, as [real, imaginary]."""
+    found = {}
+    for aug, f in zip(model.augs, model.maps):
+        if hasattr(f, "L"):
+            values = torch.linalg.eigvals(f.L.double())
+            found[aug] = sorted(torch.view_as_real(values).tolist())
     return found
 
 
-def group(model: LAVAE) -> dict:
-    """The "eigenvalues" of each map, by its augmentation, as [real, imaginary]."""
-    found = {}
-    for aug, f in zip(model.augs, model.maps):
-        values = torch.linalg.eigvals(f.L.cpu().double())
-        found[aug] = sorted(torch.view_as_real(values).tolist())
-    return {"eigenvalues": found}
+def train_probe(latents: Sequence[Tensor]) -> nn.Module:
+    """Train a probe, a small classifier, to name the view of a latent.
 
-
-def correctly_classified(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
-    """Train a probe, a small classifier, to name the view of a latent, and test it.
-
-    train, test: the latents of each view, (N, latent_dim). The probe has a hidden layer of 64 units
-    and learns for 5 epochs, with a fixed seed. Returns whether it is right on each test latent, by
-    view, (V, N) bool on the CPU.
+    latents: those of each view, (N, latent_dim). The probe has a hidden layer of 64 units and
+    learns for 5 epochs, with a fixed seed.
     """
-    z = torch.cat([*train])
-    y = torch.arange(len(train), device=z.device).repeat_interleave(len(train[0]))
+    z = torch.cat([*latents])
+    y = torch.arange(len(latents)).repeat_interleave(len(latents[0]))
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        probe = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(train)))
-        optimizer = AdaBelief(probe.to(z.device).parameters(), lr=1e-2)
+        probe = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(latents)))
+        optimizer = AdaBelief(probe.parameters(), lr=1e-2)
         for _ in range(5):
-            for index in torch.randperm(len(z)).to(z.device).split(500):
+            for index in torch.randperm(len(z)).split(500):
                 loss = F.cross_entropy(probe(z[index]), y[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return torch.stack([probe(z_v).argmax(1) == v for v, z_v in enumerate(test)]).cpu()
+    return probe
 
 
 def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray | None) -> list[Tensor]:
@@ -248,76 +288,98 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray | None) -
 
     y: their digits (N,), for a CVAE that is told them.
     """
-    told = {} if hasattr(model, "maps") else {"labels": y}
-    z = model.encode(x, **told)
-    return [model.to_view(z, v, **told) for v in range(2 ** len(model.augs))]
+    z = model.encode(x, y)
+    return [model.to_view(z, v, y) for v in range(2 ** len(model.augs))]
 
 
 @torch.no_grad()
-def measure(model: CVAE | LAVAE, data: Sequence[np.ndarray]) -> dict:
-    """All numbers of a model in evaluation.json. data: as `load_images` returns it.
+def measure(run: Run) -> Tables:
+    """All numbers of a run. Of every model Table I and identity, see `score`; of a LAVAE also what
+    its maps and heads cost."""
+    model, (x_train, _, x, y) = run.model, run.data
+    images, latents = all_views(x, run.augs), latents_of_views(model, x, y)
+    scores = [score(model.decoder, z, v) for z, v in zip(latents, images)]
+    costs, shares = (dict(zip(run.names, column)) for column in zip(*scores))
+    tables = {TABLE_1: {run.label: with_total(costs)}, IDENTITY: {run.label: shares}}
+    if run.dataset == "mnist" and run.augs == PAIRS[0] and run.label in PAPER_TABLE:
+        paper = dict(zip(run.names, PAPER_TABLE[run.label]))
+        tables[TABLE_1][f"  paper, {run.label}"] = with_total(paper)
+    if not model.maps:
+        return tables
+    if len(run.augs) > 1:
+        true = all_views(x, run.augs[::-1])[-1]
+        reverse = apply_in_order(latents[0], reversed(model.maps))
+        tables[TABLE_1][run.label]["reverse"] = nats(model.decoder, reverse, true)
+    tables |= costs_of_maps(run, images, latents[0], costs)
 
-    Of every model the row of Table I and "identity", see `score`. Of a LAVAE also what follows.
-    """
-    x_train, _, x, y = data
-    names, images = view_names(model.augs), all_views(x, model.augs)
-    mapped = latents_of_views(model, x, y)
-    scores = [score(model.decoder, z, v) for z, v in zip(mapped, images)]
-    result = with_total({name: bce for name, (bce, _) in zip(names, scores)})
-    result["identity"] = {name: identity for name, (_, identity) in zip(names, scores)}
-    if not hasattr(model, "maps"):
-        return result
+    probe = train_probe(views(model.encode(evenly(x_train, 20_000)), model.maps))
+    correct = torch.stack([probe(z).argmax(1) == v for v, z in enumerate(latents)])
+    chosen = {"all": slice(None)}
+    for c in () if y is None else np.unique(y):
+        chosen[str(run.class_names[c])] = y == c
+    shares = {c: correct[:, which].double().mean().item() for c, which in chosen.items()}
+    tables[PROBE] = {c: {"accuracy": 100 * share} for c, share in shares.items()}
+    if model.transfers:
+        tables[TRANSFER] = costs_of_heads(run, latents, correct)
+    return tables
 
-    def each(latents):  # the nats of every view, each drawn from its latents
-        return {name: nats(model.decoder, z, v) for name, z, v in zip(names, latents, images)}
 
-    encoded = [model.encode(v) for v in images]
-    z, any_to_any, products, part, transfer = encoded[0], {}, {}, {}, {}
-    for v, name in enumerate(names):
-        any_to_any[name] = each(views(model.from_view(encoded[v], v), model.maps))
-    for name, word in elements(model.augs).items():
-        mapped_z = apply_in_order(z, [model.maps[i] for i in word])
-        products[name] = nats(model.decoder, mapped_z, true_picture(x, model.augs, word))
-    linear = hasattr(model.maps[0], "L")
-    for aug, f in zip(model.augs, model.maps):
-        if linear and aug in PARTS:
-            part[aug] = parts(model, aug, f.L, evenly(x, 3000))
+def costs_of_maps(
+    run: Run, images: Sequence[np.ndarray], z: Tensor, costs: dict[str, float]
+) -> Tables:
+    """What it costs to go from any view to any, to all products of the augmentations, and to parts
+    of one. images: the views of the test images. z: the latents of the originals. costs: what the
+    views cost that are drawn from these."""
+    model, x, group = run.model, images[0], {}
 
-    train = views(model.encode(evenly(x_train, 20_000)), model.maps)
-    correct = correctly_classified(train, mapped)
-    for augs, (key, head) in zip(model.transfers, model.heads.items()):
-        pairs = zip(mapped, all_views(x, augs))
-        bces = torch.stack([decoded(head, z_v, x_v)[1] for z_v, x_v in pairs])
-        row = with_total(dict(zip(view_names(augs), bces.mean(1).tolist())))
-        row["correctly_classified"] = bces[correct].mean().item() if correct.any() else None
-        row["wrongly_classified"] = None if correct.all() else bces[~correct].mean().item()
-        transfer[key] = row
-    if y is not None:  # of a class whose views look alike the probe cannot know them
-        result["by_class"] = {
-            str(c): correct[:, y == c].double().mean().item() for c in np.unique(y)
-        }
-    if len(model.augs) > 1:
-        true = apply_in_order(x, map(AUGMENTATIONS.get, reversed(model.augs)))
-        reverse = apply_in_order(z, reversed(model.maps))
-        result["reverse"] = nats(model.decoder, reverse, true)
-    return result | dict(
-        direct=with_total(each(encoded)),
-        any_to_any=any_to_any,
-        elements=products,
-        group=group(model) if linear else None,
-        parts=part,
-        probe_accuracy=correct.double().mean().item(),
-        transfer=transfer,
-    )
+    def each(latents):  # every view, each drawn from its latents
+        found = map(partial(nats, model.decoder), latents, images)
+        return with_total(dict(zip(run.names, found)))
+
+    encoded, rows = [z, *map(model.encode, images[1:])], {"from orig": with_total(costs)}
+    for v, name in enumerate(run.names[1:], 1):
+        rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps))
+    tables = {ANY: rows | {"direct": each(encoded)}}
+    for name, word in elements(run.augs).items():
+        drawn = apply_in_order(z, [model.maps[i] for i in word])
+        cost = costs.get(name) or nats(model.decoder, drawn, true_picture(x, run.augs, word))
+        group[name] = {"nats": cost}
+    if {*group} - {*costs}:
+        tables[GROUP] = group
+    for aug, f in zip(run.augs, model.maps):
+        if hasattr(f, "L") and aug in PARTS:
+            rows = costs_of_powers(model, aug, f.L, evenly(x, 3000))
+            tables[f"{aug} to the power t, nats"] = rows
+    return tables
+
+
+def costs_of_heads(run: Run, latents: Sequence[Tensor], correct: Tensor) -> dict[str, dict]:
+    """A row for each head: what the views cost that it draws from the latents of the originals
+    under the maps, and the mean of those views that a probe names rightly, and wrongly. correct:
+    whether it names them rightly, (V, N) bool."""
+    rows, totals = {}, of_paper(run.dataset, "+".join(run.augs))
+    names = view_names([f"B{i + 1}" for i in range(len(run.augs))])
+    for augs, (key, head) in zip(run.model.transfers, run.model.heads.items()):
+        pairs = zip(latents, all_views(run.data[2], augs))
+        bces = torch.stack([decoded(head, z, view)[2] for z, view in pairs])
+        rows[key] = with_total(dict(zip(names, bces.mean(1).tolist())))
+        if key in totals:
+            rows[key]["paper"] = totals[key]
+        for name, which in (("named rightly", correct), ("named wrongly", ~correct)):
+            if which.any():
+                rows[key][name] = bces[which].mean().item()
+    return rows
 
 
 # ---------------------------------------------------------------- tables
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Iterable]]) -> None:
-    """Print rows of (label, cells) under column heads. Cells are numbers or text."""
+def print_table(title: str, rows: dict[str, dict[str, float | str]]) -> None:
+    """Print {row: {column: number or text}}. A row need not have every column."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
     lines = [[title, *columns]]
-    for label, cells in rows:
+    for label, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
         cells = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
         lines.append([label, *cells])
     first, *widths = (2 + max(7, *map(len, column)) for column in zip(*lines))
@@ -326,94 +388,36 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, It
         print(label.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths)), sep="")
 
 
-def label_of(run: Run) -> str:
-    """The label of a run's row."""
-    label, told = MODELS[run.kind], run.settings["condition"]
-    return f"{label}, told the {told}" if run.kind == "cvae" else label
+def print_tables(runs: Sequence[Run]) -> None:
+    """Print the tables of runs of the same data and the same views, those of one title in one."""
+    for title in dict.fromkeys(title for run in runs for title in run.tables):
+        rows = {}
+        for run in runs:
+            for label, row in run.tables.get(title, {}).items():
+                rows[f"{label}  {run.folder}"] = row
+        print_table(title, rows)
 
 
-def report_table1(runs: Sequence[Run]) -> None:
-    """Print Table I of these runs, with the paper's numbers below ours where there are any."""
-    first, rows, identity = runs[0], [], []
-    paper = PAPER_TABLE if (first.dataset, first.augs) == ("mnist", PAIRS[0]) else {}
-    for run in runs:
-        kind = label_of(run)
-        label = f"{kind}  {run.folder}"
-        rows.append((label, [run.result[name] for name in (*run.names, "total")]))
-        identity.append((label, [100 * share for share in run.result["identity"].values()]))
-        if kind in paper:
-            values = paper[kind]
-            rows.append(("  paper", [*values, sum(values)]))
-    print_table(f"Table I, nats an image, {first.dataset}", [*first.names, "total"], rows)
-    print_table("identity preserved, %", first.names, identity)
-
-
-def report_lavae(run: Run) -> None:
-    """Print what else is measured of a LAVAE, with the paper's totals of transfers."""
-    result, names, totals = run.result, run.names, of_paper(run.dataset, "+".join(run.augs))
-    rows = []
-    for name, row in result["any_to_any"].items():
-        rows.append((f"from {name}", with_total(row).values()))
-    rows.append(("direct, D(E(view))", result["direct"].values()))
-    print_table(f"{run.folder}, any view to any", [*names, "total"], rows)
-    if "reverse" in result:
-        print(f"reverse order, {'+'.join(run.augs[::-1])}: {result['reverse']:.2f}")
-    print(f"a probe names the view of a latent, z L, with {result['probe_accuracy']:.1%} accuracy")
-    if {*result["elements"]} - {*names}:
-        rows = [(name, [value]) for name, value in result["elements"].items()]
-        print_table(f"the group; training shows {', '.join(names)}", ["nats"], rows)
-    for aug, found in result["parts"].items():
-        rows = [(f"t = {t}", row.values()) for t, row in found.items()]
-        print_table(
-            f"{aug} to the power t, nats, at most 3,000 images",
-            ["L^t", "blend", "direct", "not moved"],
-            rows,
-        )
-    if "by_class" in result:
-        shown = [100 * result["by_class"][str(label)] for label in run.labels]
-        print_table("the probe's accuracy by class, %", run.columns, [("z L", shown)])
-    for target, row in result["transfer"].items():
-        columns = [*view_names(target.split("+")), "total"]
-        cells = [row[name] for name in columns]
-        print_table(f"transfer to {target}", columns, [("LAVAE, D_B(E(x) L)", cells)])
-        if target in totals:
-            print(f"the paper's total: {totals[target]:.2f}")
-
-
-def scalars(result: dict, prefix: str = "") -> dict[str, float]:
-    """The numbers of a result by name, "direct, total", but for those of its large tables, and for
-    those of the views that a probe names rightly or wrongly, because there may be none."""
-    found = {}
-    for name, value in result.items():
-        if isinstance(value, float) and "classified" not in name:
-            found[prefix + name] = value
-        elif isinstance(value, dict) and name not in ("any_to_any", "elements", "group"):
-            found |= scalars(value, f"{prefix}{name}, ")
-    return found
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation, as text."""
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
-
-
-def grouped(runs: Iterable[Run], *but: str) -> list[list[Run]]:
-    """Runs that agree in all settings but in these and in the device, in lists."""
+def grouped(runs: Iterable[Run], key: Callable[[Run], object]) -> list[list[Run]]:
+    """Runs of which `key` says the same, in lists."""
     groups = {}
     for run in runs:
-        same = {k: v for k, v in run.settings.items() if k not in ("device", *but)}
-        groups.setdefault(json.dumps(same), []).append(run)
+        groups.setdefault(json.dumps(key(run)), []).append(run)
     return [*groups.values()]
 
 
-def report_seeds(runs: Sequence[Run]) -> None:
-    """Print the mean and standard deviation of runs that differ in their seeds alone."""
-    numbers = [scalars(run.result) for run in runs]
-    rows = []
-    for name in numbers[0]:
-        values = [one[name] for one in numbers]
-        rows.append((name, [spread(values)]))
-    print_table(f"{label_of(runs[0])}, {runs[0].folder}, ..", [f"{len(runs)} seeds"], rows)
+def print_means(runs: Sequence[Run]) -> None:
+    """Print the tables' means and standard deviations over runs that differ in their seeds."""
+    for title, rows in runs[0].tables.items():
+        means = {}
+        for label, row in rows.items():
+            means[label] = {}
+            for column in row:
+                values = [run.tables[title][label].get(column) for run in runs]
+                if None not in values:  # as where a probe names no view wrongly
+                    mean, deviation = statistics.mean(values), statistics.stdev(values)
+                    means[label][column] = f"{mean:.2f} +- {deviation:.2f}"
+        print_table(f"{title}, {len(runs)} seeds", means)
 
 
 # ---------------------------------------------------------------- the heat-map
@@ -424,19 +428,21 @@ def of_paper(dataset: str, source: str) -> dict[str, float]:
     return dict(zip(PAIR_NAMES, PAPER_TOTALS.get(source, ()))) if dataset == "mnist" else {}
 
 
-def heatmap_rows(dataset: str, results: dict[str, list[dict]]) -> dict[str, dict[str, tuple]]:
-    """{source: {target: (ours, the paper's or None)}}, totals: means over the evaluations of each
-    source, which differ in their seeds alone. On the diagonal the first decoder counts."""
-    rows = {}
-    for source, found in results.items():
-        rows[source], paper = {}, of_paper(dataset, source)
-        for target in [source, *found[0]["transfer"]]:
-            totals = [one["total"] for one in found]
-            if target != source:
-                totals = [one["transfer"][target]["total"] for one in found]
-            rows[source][target] = statistics.mean(totals), paper.get(target)
-        accuracy = statistics.mean(one["probe_accuracy"] for one in found)
-        rows[source]["probe accuracy, %"] = 100 * accuracy, None
+def heatmap_rows(
+    dataset: str, results: Iterable[tuple[str, Tables]]
+) -> dict[str, dict[str, tuple]]:
+    """{source: {target: (ours, the paper's or None)}}, totals: means over the tables of a source,
+    whose runs differ in their seeds alone. On the diagonal the first decoder counts."""
+    numbers, rows = {}, {}
+    for source, tables in results:
+        found, own = numbers.setdefault(source, {}), next(iter(tables[TABLE_1].values()))
+        one = {target: row["total"] for target, row in tables[TRANSFER].items()}
+        one |= {source: own["total"], "probe accuracy, %": tables[PROBE]["all"]["accuracy"]}
+        for target, number in one.items():
+            found.setdefault(target, []).append(number)
+    for source, found in numbers.items():
+        paper = of_paper(dataset, source)
+        rows[source] = {t: (statistics.mean(ours), paper.get(t)) for t, ours in found.items()}
     return rows
 
 
@@ -451,12 +457,14 @@ def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
         lines.append([text(source.replace("+", "\n"), 26)])
         for target in targets:
             ours, paper = row.get(target, (math.nan, None))
-            words, colour = [(f"{ours:.0f}", 44)], "white"
+            colour, below = "white", ""
             if paper:
-                words.append((f"paper {paper:.0f}", 26))
+                below = f"paper {paper:.0f}"
                 fade = round(255 - 130 * min(1, abs(2 * math.log(ours / paper))))
                 colour = (255, fade, fade) if ours > paper else (fade, fade, 255)
-            lines[-1].append(box((250, 150), colour, *words))
+            halves = [(f"{ours:.0f}", 44), (below, 26)]
+            cell = [[text(*half, paper=colour, least=(250, 75))] for half in halves]
+            lines[-1].append(table(cell, gap=0))
     title = "Trained on a pair (rows), drawn as another (columns): nats, all four views"
     note = "blue: below the paper's, red: above; on the diagonal the decoder of stage 1"
     return titled(title, table(lines), text(note, 26))
@@ -525,6 +533,16 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
 
 # ---------------------------------------------------------------- figures: what they share
 
+FIGURES: dict[str, Callable] = {}  # by name, in the order of this file
+
+
+def figure(f: Callable) -> Callable:
+    """Enter a figure in FIGURES. It takes a Run, and returns a picture or a text (HTML). It raises
+    Refused where the run lacks what it needs. The first line of its docstring is printed by --list,
+    the rest stands below the picture."""
+    FIGURES[f.__name__] = f
+    return f
+
 
 def require(there: object, what: str) -> None:
     """Raises Refused: what a figure needs is not there."""
@@ -534,7 +552,7 @@ def require(there: object, what: str) -> None:
 
 def linear(run: Run) -> LAVAE:
     """The LAVAE of a run. Raises Refused: its maps are not matrices."""
-    require(hasattr(run.model.maps[0], "L"), "linear maps: train without --latent-map")
+    require(eigenvalues_of(run.model), "linear maps: train without --latent-map")
     return run.model
 
 
@@ -629,13 +647,14 @@ def round_ticks(top: float) -> np.ndarray:
 # ---------------------------------------------------------------- the paper's figures
 
 
+@figure
 def fig3_views(run):
     """Fig. 3: every view drawn from the original's latent
 
     Each row with a D should look like the row above it. All of them are drawn from the latents
     of the first row.
     """
-    drawn = through_maps(run, run.model.encode(run.digits), "D(E(x){})")
+    drawn = through_maps(run, run.z, "D(E(x){})")
     rows = view_rows(run.augs, run.digits, drawn)
     if len(run.augs) > 1:
         true = all_views(run.digits, run.augs[::-1])[-1]
@@ -643,13 +662,14 @@ def fig3_views(run):
     return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, rows)
 
 
+@figure
 def fig4_inverses(run):
     """Fig. 4: every view back to the original
 
     Each row with a D should look like the first row, the originals.
     """
     model = run.model
-    rows = [("orig", run.digits), ("D(E(x))", run.draw(run.model.encode(run.digits)))]
+    rows = [("orig", run.digits), ("D(E(x))", run.draw(run.z))]
     images = all_views(run.digits, run.augs)
     for v in range(1, len(images)):
         L = run.products[v].strip()
@@ -659,17 +679,19 @@ def fig4_inverses(run):
     return grid(f"Back to the original: {' and '.join(run.augs)}", run.columns, rows)
 
 
+@figure
 def fig5_recursion(run):
     """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane
 
     After two flips, or four quarter turns, a row should look like x again, and a path should be
     where it began.
     """
-    model, path, rows = run.model, [run.model.encode(run.digits)], [("x", run.digits)]
+    model, path, rows, last = run.model, [run.z], [("x", run.digits)], "x"
     for k in range(1, 8):
         drawn = run.draw(model.maps[0](path[-1]))
-        rows.append((f"round {k}", drawn))
-        path.append(run.model.encode(drawn))
+        rows.append((f"x{k} = D(E({last}) L1)", drawn))
+        path.append(model.encode(drawn))
+        last = f"x{k}"
     path = torch.stack(path)  # (8, digits, latent_dim)
     back = 7 - 7 % ORDERS.get(run.augs[0], 1)  # then a path should be at its start
     moved = (path[back] - path[0]).norm(dim=1)
@@ -681,7 +703,7 @@ def fig5_recursion(run):
     series = []
     for label, points in projected(clouds, fast_ica):
         series.append((label, points, "dots" if label in run.names else "path"))
-    left = grid(f"x <- D(E(x) L1), again and again: {run.augs[0]}", run.columns, rows, cell=72)
+    left = grid(f"Again and again: {run.augs[0]}", run.columns, rows, cell=72)
     right = chart("Latents, by ICA. A stable path comes back", [[("", series)]], side=500)
     return table([[left, right]])
 
@@ -693,21 +715,23 @@ def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
     return zip(clouds, np.split(plane, ends))
 
 
+@figure
 def fig6_transfer(run):
     """Fig. 6: the same latents drawn by the decoder of each transfer
 
     Where a picture is a mixture, the latent does not say which view it is of: some digits are
     their own mirror images. Or the head has learnt too little.
     """
-    model, z, pages = run.model, run.model.encode(run.digits), {}
+    model, grids = run.model, []
     require(model.transfers, "a transfer: train with --transfer")
-    for augs, (key, head) in zip(model.transfers, model.heads.items()):
-        rows = view_rows(augs, run.digits, through_maps(run, z, "D_B(E(x){})", head))
+    for augs, head in zip(model.transfers, model.heads.values()):
+        rows = view_rows(augs, run.digits, through_maps(run, run.z, "D_B(E(x){})", head))
         title = f"Same latents, new decoder: {' and '.join(run.augs)} to {' and '.join(augs)}"
-        pages[f"fig6_{key}"] = grid(title, run.columns, rows)
-    return pages
+        grids.append(grid(title, run.columns, rows))
+    return table([grids[i : i + 2] for i in range(0, len(grids), 2)])
 
 
+@figure
 def fig8_cvae(run):
     """Fig. 8: the naive CVAE, its condition changed
 
@@ -715,29 +739,25 @@ def fig8_cvae(run):
     hardly used.
     """
     require(run.kind == "cvae", "a run of --model cvae")
-    model, labels = run.model, torch.from_numpy(run.labels)
-    z = model.encode(run.digits, labels=labels)
-    drawn = []
-    if run.settings["condition"] == "digit":  # then it knows of no views
-        for name, label in zip(run.columns, labels):
-            told = model.to_view(z, 0, label.expand(len(z)))
-            drawn.append((f"D(z, {name})", run.draw(told)))
-        rows = [("x", run.digits), *drawn]
-    else:
-        for v, name in enumerate(run.names):
-            drawn.append((f"D(z, {name})", run.draw(model.to_view(z, v, labels))))
-        rows = view_rows(run.augs, run.digits, drawn)
+    model, names, by_digit = run.model, run.names, run.settings["condition"] == "digit"
+    latents = latents_of_views(model, run.digits, run.labels)
+    if by_digit:  # then it knows of no views
+        names = run.columns
+        latents = [model.to_view(run.z, 0, [label] * len(run.z)) for label in run.labels]
+    drawn = [(f"D(z, {name})", run.draw(told)) for name, told in zip(names, latents)]
+    rows = [("x", run.digits), *drawn] if by_digit else view_rows(run.augs, run.digits, drawn)
     return grid("Naive CVAE: the condition changed", run.columns, rows)
 
 
+@figure
 def fig9_paired_cvae(run):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE
 
     One augmentation succeeds in both. Two at once, the last rows, the CVAE was never told.
     """
     require(run.kind == "cvae-paired", "a run of --model cvae-paired")
-    others = [peer.model for peer in run.peers if peer.kind == "lavae"]
-    require(others, "the LAVAE of the same options: name its folder, too")
+    others = [r.model for r in run.peers if r.kind == "lavae" and r.names == run.names]
+    require(others, "a LAVAE of the same views: name its folder, too")
     drawn = []
     for label, model in (("CVAE", run.model), ("LAVAE", others[0])):
         latents = latents_of_views(model, run.digits, run.labels)
@@ -746,6 +766,7 @@ def fig9_paired_cvae(run):
     return grid("CVAE trained like a LAVAE, and the LAVAE", run.columns, rows)
 
 
+@figure
 def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
 
@@ -771,6 +792,7 @@ def fig10_projections(run):
     return chart(f"{len(x)} test images, a colour for each view", rows, side=260)
 
 
+@figure
 def sampling(run):
     """new digits and their views: z uniform in the bounding box of the training images' latents
 
@@ -784,22 +806,24 @@ def sampling(run):
     return grid("Sampled from the bounding box of the originals' latents", [""] * 10, rows)
 
 
+@figure
 def interpolation(run):
     """from one test digit to another in a straight line, and its views
 
     Each lower row should be the first row under an augmentation, also between the two digits.
     """
-    two = run.digits.take([2, 7], 0, mode="wrap")
-    z, t = run.model.encode(two), torch.linspace(0, 1, 10)
+    first, second = run.z[2 % len(run.z)], run.z[7 % len(run.z)]
+    t = torch.linspace(0, 1, 10)
     heads = [f"{v:.2f}" for v in t.tolist()]
-    t = t.to(z)[:, None]
-    rows = through_maps(run, (1 - t) * z[0] + t * z[1])
+    t = t.to(first)[:, None]
+    rows = through_maps(run, (1 - t) * first + t * second)
     return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)", heads, rows)
 
 
 # ---------------------------------------------------------------- more figures
 
 
+@figure
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
@@ -809,12 +833,12 @@ def group_elements(run):
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
-    model, z, heads, rows = linear(run), run.model.encode(run.digits), [], {"true": [], "drawn": []}
+    model, heads, rows = run.model, [], {"true": [], "drawn": []}
     for name, word in found.items():
         mark = " *" if name in unseen else ""
         heads.append("\n".join(written(run.letters, word) or ["I"]) + mark)
         rows["true"].append(true_picture(run.digits, run.augs, word))
-        rows["drawn"].append(run.draw(apply_in_order(z, [model.maps[i] for i in word])))
+        rows["drawn"].append(run.draw(apply_in_order(run.z, [model.maps[i] for i in word])))
     title = f"{' and '.join(run.augs)}: all products; * not shown in training"
     return by_digit(run, title, heads, rows)
 
@@ -830,13 +854,14 @@ def by_digit(run, title, heads, rows):
     return grid(title, heads, spaced(groups))
 
 
+@figure
 def eigenvalues(run):
     """the eigenvalues of each map around the unit circle
 
     At 0° a direction of the latents is kept, at 180° it is reversed. A turn has eigenvalues at
     multiples of its angle. Those inside the circle lose something, and are not counted.
     """
-    found, panels = group(linear(run))["eigenvalues"], []
+    found, panels = eigenvalues_of(linear(run)), []
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     for name, values in found.items():
@@ -851,13 +876,14 @@ def eigenvalues(run):
     return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
 
 
+@figure
 def partial_augmentation(run):
     """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
 
     Where there is a true row, L^t should look like it. The last row, the blend, is a straight line
     from t = 0 to t = 1, and on from there.
     """
-    z, L, aug = run.model.encode(run.digits), linear(run).maps[0].L, run.augs[0]
+    z, L, aug = run.z, linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
     if aug in PARTS:
         rows["true"] = [PARTS[aug](run.digits, t) for t in ts]
@@ -866,6 +892,7 @@ def partial_augmentation(run):
     return by_digit(run, f"Part of {aug}, by t", [f"{t:g}" for t in ts], rows)
 
 
+@figure
 def prior_samples(run):
     """new digits from the prior, z ~ N(0, I): all views at once, as stage 1 saw them
 
@@ -878,21 +905,22 @@ def prior_samples(run):
     return grid("Samples of the prior, z ~ N(0, I)", [""] * 10, rows)
 
 
+@figure
 def traversals(run):
     """what each latent does: a row a dimension, from -3 to 3
 
     A row that does not change belongs to a number that the model does not use.
     """
-    one, model, rows = run.digits[2 % len(run.digits)], run.model, []
-    steps = torch.linspace(-3, 3, 9)
-    for i in range(model.latent_dim):
-        z = model.encode(one[None]).repeat(9, 1)
+    one, rows, steps = run.z[2 % len(run.z)], [], torch.linspace(-3, 3, 9)
+    for i in range(run.model.latent_dim):
+        z = one.repeat(9, 1)
         z[:, i] = steps
         rows.append((f"z{i + 1}", run.draw(z)))
     heads = [f"{v:.2f}" for v in steps.tolist()]
     return grid("One number of the latent moved, the others kept", heads, rows, 52)
 
 
+@figure
 def latent_plane(run):
     """the whole latent plane, decoded (--latent-dim 2 only)
 
@@ -908,6 +936,7 @@ def latent_plane(run):
     return grid("D(z): z1 across, z2 upwards", heads, rows, cell=56)
 
 
+@figure
 def training_curves(run):
     """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
 
@@ -928,6 +957,7 @@ def training_curves(run):
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, 300, True)
 
 
+@figure
 def page(run):
     """a page for the browser (HTML): draw a digit, and see what the maps make of it"""
     model, tensors = linear(run), {}
@@ -940,7 +970,7 @@ def page(run):
             t = t[: model.latent_dim]  # the rows of mu; logvar is not needed
         if not name.startswith("maps"):
             tensors[name] = [list(t.shape), halves(t)]
-    maps, values = [], group(model)["eigenvalues"]
+    maps, values = [], eigenvalues_of(model)
     for aug, f in zip(model.augs, model.maps):
         inverse = f.inverse(torch.eye(model.latent_dim).to(f.L))
         powers = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
@@ -949,7 +979,7 @@ def page(run):
         maps.append(one | {"eigenvalues": values[aug]})
     content = {
         "latent_dim": model.latent_dim,
-        "entry": model.arguments["entry"],
+        "entry": run.settings["entry"],
         "views": run.names,
         "tensors": tensors,
         "maps": maps,
@@ -960,14 +990,6 @@ def page(run):
     return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
 
 
-# Each figure takes a Run. It returns a picture, a text (HTML), or pictures by name. It raises
-# Refused where the run lacks what it needs. The first line of its docstring is printed by --list,
-# the rest stands below the picture.
-ALL = [fig3_views, fig4_inverses, fig5_recursion, fig6_transfer, fig8_cvae, fig9_paired_cvae]
-ALL += [fig10_projections, sampling, interpolation, group_elements, eigenvalues]
-ALL += [partial_augmentation, prior_samples, traversals]
-ALL += [latent_plane, training_curves, page]
-FIGURES: dict[str, Callable] = {f.__name__: f for f in ALL}
 OF_CVAES = (fig8_cvae, fig9_paired_cvae, training_curves)  # the others need a LAVAE
 
 # ---------------------------------------------------------------- from the command line to files
@@ -978,25 +1000,24 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     missing = []
     for name, f in figures.items():
         try:
-            require(hasattr(run.model, "maps") or f in OF_CVAES, "a LAVAE")
-            pages = f(run)
+            require(run.model.maps or f in OF_CVAES, "a LAVAE")
+            content = f(run)
         except Refused as error:
             missing.append(f"{run.folder}: {name} {error}")
             continue
-        for part, page in (pages if isinstance(pages, dict) else {name: pages}).items():
-            path = run.folder / f"{part}.{'html' if isinstance(page, str) else 'png'}"
-            save(captioned(page, f), path)
-            print(f"  {path}")
+        path = run.folder / f"{name}.{'html' if isinstance(content, str) else 'png'}"
+        save(captioned(content, f), path)
+        print(f"  {path}")
     return missing
 
 
-def captioned(page: Image.Image | str, figure) -> Image.Image | str:
+def captioned(content: Image.Image | str, figure: Callable) -> Image.Image | str:
     """What a figure has returned, and below a picture the second part of the figure's docstring."""
     words = (inspect.getdoc(figure) or "").partition("\n\n")[2]
     if not words:
-        return page
-    caption = text(textwrap.fill(words, page.width // 13))
-    return table([[page], [caption], []], "c")
+        return content
+    caption = text(textwrap.fill(words, content.width // 13))
+    return table([[content], [caption], []], "c")
 
 
 def own_images(run: Run, paths: Sequence[Path]) -> Image.Image:
@@ -1038,7 +1059,6 @@ def parser_of() -> argparse.ArgumentParser:
         help="show this picture or photo of a digit through the maps; may be repeated",
     )
     add("--data-dir", type=path_of, default=DATA_DIR, help="(default data/)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="(default cpu)")
     return parser
 
 
@@ -1052,17 +1072,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name:22} {(f.__doc__ or name).splitlines()[0]}")
             return
         runs, wrong = load_runs(options)
-        tables = grouped(runs, *OWN_OPTIONS)
-        for rows in tables:
-            for run in rows:
-                run.peers = rows
         chosen = {name: FIGURES[name] for name in options.only or ()}
         if options.image:
             chosen["images"] = partial(own_images, paths=options.image)
         for run in runs:
+            run.peers = runs
             wrong += draw_figures(run, chosen)
         if not chosen:
-            evaluate(runs, tables)
+            evaluate(runs)
         if wrong:
             raise Refused("; ".join(wrong))
 
@@ -1073,60 +1090,37 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     folders = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
     if not folders:
         raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
-    device, runs, wrong = lavae.pick_device(options.device), [], []
-    data_of = cache(partial(load_images, data_dir=options.data_dir))
+    runs, wrong, data_of = [], [], cache(partial(load_images, data_dir=options.data_dir))
     for folder in folders:
         try:
-            model = lavae.load(folder / "model.pt", device)
-            runs.append(run_of(folder, model, data_of(model.settings["dataset"]), options))
+            model = lavae.load(folder / "model.pt")
+            data = data_of(model.settings["dataset"])
+            runs.append(Run(folder, model, data, options.digits))
         except (OSError, Refused) as error:
             wrong.append(str(error))
     return runs, wrong
 
 
-def run_of(folder: Path, model: LAVAE | CVAE, data: tuple, options: argparse.Namespace) -> Run:
-    """A Run, with an image of each class that the figures show. Raises Refused: there is no such
-    class, or augment.py lacks an augmentation of the model."""
-    if lacking := {*sum(model.transfers, model.augs)} - {*AUGMENTATIONS}:
-        raise Refused(f"{folder}: augment.py has no {', '.join(lacking)} any more")
-    x, y = data[2:]
-    if y is None:  # then ten images stand for all
-        digits = evenly(x, 10)
-        labels, columns = np.zeros(len(digits), int), [""] * len(digits)
-    else:
-        known = np.unique(y)
-        labels = known[:10] if options.digits is None else np.unique(options.digits)
-        if unknown := {*labels} - {*known}:
-            raise Refused(f"--digits {min(unknown)}: there is no test image of it")
-        names = CLASSES.get(model.settings["dataset"], "").split() or range(1000)
-        shown, columns = np.isin(y, labels), [str(names[label]) for label in labels]
-        digits = one_of_each(x[shown], y[shown])
-    return Run(folder, model, data, digits, labels, columns)
-
-
-def evaluate(runs: Sequence[Run], tables: Iterable[Sequence[Run]]) -> None:
+def evaluate(runs: Sequence[Run]) -> None:
     """Print all tables, and write evaluation.json and all figures that a run can have."""
     for run in runs:
         print(f"measuring {run.folder}")
-        run.result = measure(run.model, run.data)
-        (run.folder / "evaluation.json").write_text(json.dumps(run.result, indent=1))
-    for rows in tables:
-        report_table1(rows)
+        run.tables = measure(run)
+        content = {"tables": run.tables, "eigenvalues": eigenvalues_of(run.model)}
+        (run.folder / "evaluation.json").write_text(json.dumps(content, indent=1))
+    for rows in grouped(runs, lambda run: (run.dataset, run.augs)):
+        print_tables(rows)
         for run in rows:
-            if hasattr(run.model, "maps"):
-                report_lavae(run)
-            print()
             draw_figures(run, FIGURES)
-    for repeats in grouped(runs, "seed"):
+    for repeats in grouped(runs, lambda run: run.settings_but("seed")):
         if len(repeats) > 1:
-            report_seeds(repeats)
+            print_means(repeats)
     transferred = [run for run in runs if run.kind == "lavae" and run.model.transfers]
-    for number, sources in enumerate(grouped(transferred, "seed", "augs", "transfer")):
-        results = {}
-        for run in sources:
-            results.setdefault("+".join(run.augs), []).append(run.result)
-        if len(results) > 1:
-            rows = heatmap_rows(sources[0].dataset, results)
+    but = ("seed", "augs", "orders", "transfer")
+    for number, sources in enumerate(grouped(transferred, lambda run: run.settings_but(*but))):
+        results = [("+".join(run.augs), run.tables) for run in sources]
+        rows = heatmap_rows(sources[0].dataset, results)
+        if len(rows) > 1:
             path = sources[0].folder.parent / f"heatmap{number or ''}.png"
             path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
             save(heatmap(rows), path)

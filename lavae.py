@@ -5,7 +5,7 @@
 
 This is the model of "Towards Composable Distributions of Latent Space Augmentations" (arXiv
 2303.03462). Read this file first. In order: encoder and decoder, the maps and the model, the losses
-of the three stages; then half an augmentation, the ablations, the CVAE, files and devices.
+of the three stages; then half an augmentation, the ablations, the CVAE, files.
 
     model = load("runs/flip_lr+flip_ud")                   # python train.py has made this folder
     mu, logvar = model.encoder(x)                          # x (B, 28, 28), values in [0, 1]
@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,11 +54,6 @@ class Encoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and so of the images and latents."""
         return self.linear.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.linear.weight.device
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 28, 28) in [0, 1] to mu and logvar, (B, latent_dim) each."""
@@ -149,11 +145,6 @@ class LatentMap(nn.Module):
         return order_error(self.L, order)
 
 
-def without_self(scope: dict) -> dict:
-    """The arguments of an `__init__` that calls this with its `locals()`. `load` needs them."""
-    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
-
-
 class LAVAE(nn.Module):
     """Encoder, decoder, a map for every augmentation, and a decoder head for every transfer.
 
@@ -189,10 +180,8 @@ class LAVAE(nn.Module):
         orders: Sequence[int | None] | None = None,
         joint: str | None = None,
     ):
-        arguments = without_self(locals())
         super().__init__()
-        self.arguments, self.augs = arguments, list(augs)
-        self.transfers = [list(names) for names in transfers]
+        self.augs, self.transfers = list(augs), [list(names) for names in transfers]
         self.orders = list(orders or [None] * len(self.augs))
         self.latent_dim, self.joint = latent_dim, joint
         self.stage1_views = [0] if originals_only else range(2 ** len(self.augs))
@@ -216,12 +205,13 @@ class LAVAE(nn.Module):
         return self.decoder(sample(mu, logvar, noise)), mu, logvar
 
     @torch.no_grad()
-    def encode(self, images: Tensor | np.ndarray) -> Tensor:
-        """E(x): uint8 images (N, 28, 28) to means (N, latent_dim), the z of stages 2 and 3."""
+    def encode(self, images: Tensor | np.ndarray, labels: object = None) -> Tensor:
+        """E(x): uint8 images (N, 28, 28) to means (N, latent_dim), the z of stages 2 and 3. (Only a
+        CVAE needs labels.)"""
         blocks = in_blocks(images, self.encoder)
         return torch.cat([self.encoder(block)[0] for block in blocks])
 
-    def to_view(self, z: Tensor, view: int) -> Tensor:
+    def to_view(self, z: Tensor, view: int, labels: object = None) -> Tensor:
         """Map the latents (B, latent_dim) of originals to those of a view: z L_1 L_2 for view 3."""
         return apply_in_order(z, self._maps_of(view))
 
@@ -273,7 +263,7 @@ class LAVAE(nn.Module):
 
 def in_blocks(images: Tensor | np.ndarray, encoder: Encoder) -> list[Tensor]:
     """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype."""
-    images = torch.as_tensor(images, device=encoder.device)
+    images = torch.as_tensor(images, device=encoder.linear.weight.device)
     return [pixels(block, encoder.dtype) for block in images.split(BLOCK)]
 
 
@@ -481,16 +471,10 @@ LATENT_MAPS = {
 }
 
 
-def maps_loss(
-    maps: Sequence[nn.Module],
-    orders: Sequence[int | None],
-    involution_weight: float,
-    z: Tensor,
-    *augmented: Tensor,
-) -> Tensor:
+def maps_loss(model: LAVAE, involution_weight: float, z: Tensor, *augmented: Tensor) -> Tensor:
     """Eq. 6 on a batch: z = E(x) and E(A_1 x), .. E(A_K x), (B, latent_dim) each."""
     loss = 0
-    for f, z_i, order in zip(maps, augmented, orders):
+    for f, z_i, order in zip(model.maps, augmented, model.orders):
         loss = loss + ((f(z) - z_i).square().mean() + involution_weight * f.order_error(order, z))
     return loss
 
@@ -517,7 +501,7 @@ class CVAE(nn.Module):
     """The paper's baseline, a conditional VAE. The encoder gets a condition beside the features,
     and the decoder gets it beside z.
 
-    condition: what the model is told:
+    It has no maps. condition: what the model is told:
         "view"      the view, one-hot; each view is encoded and drawn again ("naive")
         "digit"     the digit, one-hot, labels 0 to classes - 1; the same training
         "both"      the view and the digit; the same training
@@ -534,9 +518,8 @@ class CVAE(nn.Module):
         entry: str = "relu",
         classes: int = 10,
     ):
-        arguments = without_self(locals())
         super().__init__()
-        self.arguments, self.augs, self.transfers = arguments, list(augs), []
+        self.augs, self.transfers, self.maps = list(augs), [], ()
         self.latent_dim, self.classes = latent_dim, classes
         self.paired, self.by_digit = condition == "paired", condition in ("digit", "both")
         n = 2 ** len(self.augs)
@@ -575,10 +558,10 @@ class CVAE(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor | np.ndarray, view: int = 0, labels: Tensor | np.ndarray | None = None
+        self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None
     ) -> Tensor:
-        """E(x): uint8 images (N, 28, 28), all of one view, to means (N, latent_dim)."""
-        conditions = self.conditions([view], len(images), labels).split(BLOCK)
+        """E(x): uint8 originals (N, 28, 28) to means (N, latent_dim). labels: see `conditions`."""
+        conditions = self.conditions([0], len(images), labels).split(BLOCK)
         pairs = zip(in_blocks(images, self.encoder), conditions)
         return torch.cat([self.encoder(block, condition)[0] for block, condition in pairs])
 
@@ -587,7 +570,7 @@ class CVAE(nn.Module):
         return torch.cat([z, self.conditions([view], len(z), labels)], 1)
 
 
-# ---------------------------------------------------------------- files and devices
+# ---------------------------------------------------------------- files
 
 
 def write(content: dict, path: str | Path) -> None:
@@ -620,10 +603,31 @@ def read(path: str | Path) -> dict:
         raise OSError(f"{path} is damaged, or no file of train.py: train again") from error
 
 
-def save(model: LAVAE | CVAE, path: str | Path, settings: dict) -> None:
-    """Write a model, and the settings that it was trained with. Raises OSError."""
-    content = {"class": type(model).__name__, "arguments": model.arguments, "settings": settings}
-    write({**content, "tensors": model.state_dict()}, path)
+def build(settings: dict) -> LAVAE | CVAE:
+    """The untrained model that the settings of train.py describe. It keeps them, as `settings`."""
+    s = SimpleNamespace(**settings)
+    if s.condition:
+        model = CVAE(s.augs, s.condition, s.latent_dim, s.filters, s.entry, s.classes)
+    else:
+        model = LAVAE(
+            s.augs,
+            s.transfer,
+            s.latent_dim,
+            s.filters,
+            s.latent_map,
+            originals_only=s.model == "vae",
+            head=s.head or "plain",
+            entry=s.entry,
+            orders=s.orders,
+            joint=s.joint,
+        )
+    model.settings = settings
+    return model
+
+
+def save(model: LAVAE | CVAE, path: str | Path) -> None:
+    """Write a model that `build` has made, with its settings. Raises OSError."""
+    write({"settings": model.settings, "tensors": model.state_dict()}, path)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
@@ -641,11 +645,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         )
     checkpoint = read(path)
     try:
-        kind = {"LAVAE": LAVAE, "CVAE": CVAE}[checkpoint["class"]]
         with torch.device("meta"):  # no random weights are drawn for the ones that follow
-            model = kind(**checkpoint["arguments"])
+            model = build(checkpoint["settings"])
         model.to_empty(device="cpu").load_state_dict(checkpoint["tensors"])
-        model.settings = dict(checkpoint["settings"])
     except Exception as error:  # a key or a tensor that is not there, or another one
         raise OSError(f"{path} is of another version of this program: train again") from error
     return channels_last(model.requires_grad_(False).eval().to(device))
@@ -653,19 +655,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
 
 def channels_last(model: LAVAE | CVAE) -> LAVAE | CVAE:
     """Store a model on a CPU in channels_last order: 1.5 times as fast, with the same results."""
-    if model.encoder.device.type == "cpu":
+    if model.encoder.linear.weight.device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the order that CPU convolutions are made for
     return model
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of this name. "auto" is CUDA, else MPS, else the CPU. Raises OSError: there is no
-    such device here."""
-    names = ["cpu"]
-    if torch.backends.mps.is_available():
-        names.insert(0, "mps")
-    if torch.cuda.is_available():
-        names.insert(0, "cuda")
-    if name not in ("auto", *names):
-        raise OSError(f"there is no device {name!r} here: choose from auto, {', '.join(names)}")
-    return torch.device(names[0] if name == "auto" else name)

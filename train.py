@@ -58,11 +58,7 @@ NOISE, SHUFFLE = 10**6, 2 * 10**6  # added to --seed: else noise would repeat th
 
 
 def stage1(
-    model: LAVAE | CVAE,
-    images: Tensor,
-    labels: Tensor | None,
-    run: Namespace,
-    checkpoint: "Checkpoint | None" = None,
+    model: LAVAE | CVAE, images: Tensor, labels: Tensor | None, run: Namespace
 ) -> list[dict]:
     """Stage 1 (Eq. 5): encoder and decoder learn to draw the model's `stage1_views`, each from
     itself (cvae-paired: all from the original).
@@ -72,7 +68,6 @@ def stage1(
         labels: the digits, (N,), for a CVAE that is told them, else None.
         run: the options, see `resolve`. With --recipe ours a batch has all views of some images;
             with --recipe published a LAVAE's has any views of any images.
-        checkpoint: see `fit`.
 
     Returns the history: a dict for each epoch, with the mean of each loss. "bce" and "kl" are in
     nats an image; with "mmd", "kl" is that loss. "equivariance" is a mean square of latents. An
@@ -105,14 +100,15 @@ def stage1(
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     if run.joint == "identity":
         parameters += model.maps.parameters()
-    together = 1 if single_views else n_views  # views of an image in a batch
-    per_batch = run.batch_size // together
-    if equivariance:  # a matrix fits as many images as there are latents: take twice as many
-        per_batch = max(per_batch, 2 * model.latent_dim)
-    batches = Batches(n_views * n // together, per_batch, run, len(images) * n // together)
-    return fit(
-        "stage 1", losses_of, parameters, batches, run.epochs, run.lr, run, checkpoint, noise
-    )
+    shown_in_all = len(images) * n  # of an epoch
+    if single_views:
+        batches = Batches(n_views * n, run.batch_size, run.seed, per_epoch=shown_in_all)
+    else:
+        per_batch = run.batch_size // n_views
+        if equivariance:  # a matrix fits as many images as there are latents: take twice as many
+            per_batch = max(per_batch, 2 * model.latent_dim)
+        batches = Batches(n, per_batch, run.seed, per_epoch=shown_in_all // n_views)
+    return fit("stage 1", losses_of, parameters, batches, run.epochs, run.lr, run, noise)
 
 
 def weights_at(t: float, run: Namespace) -> tuple[float, float]:
@@ -137,11 +133,11 @@ def latent_loss(model: LAVAE, z: Tensor, run: Namespace) -> Tensor:
     """
     if model.joint:
         pairs = original_and_singles(z)
-        return lavae.maps_loss(model.maps, model.orders, run.involution_weight, *pairs)
+        return lavae.maps_loss(model, run.involution_weight, *pairs)
     return lavae.equivariance_loss(z, model.orders)
 
 
-def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0) -> list[dict]:
+def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1.0) -> None:
     """Stage 2 (Eq. 6): the maps learn. Compositions are never shown.
 
     latents: E(x), E(A_1 x), .. E(A_K x) of all training images, (N, latent_dim) each. The k of each
@@ -152,9 +148,8 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
     at the least-squares solution G^-1 C_i, whose eigenvalues have the right signs. (The involution
     term has a minimum for every choice of signs, and keeps a map at wrong ones.)
 
-    Returns what `map_errors` does. Raises FloatingPointError: a map is not finite.
+    Raises FloatingPointError: a map is not finite.
     """
-    print("stage 2: a map for each augmentation learns from pairs; compositions are not shown")
     for aug, map_i, z_i, order in zip(model.augs, model.maps, latents[1:], model.orders):
         G, C_i, squared = moments(latents[0], z_i)
         # In older torch the default driver, gelsy, reads uninitialised memory.
@@ -169,7 +164,6 @@ def stage2(model: LAVAE, latents: Sequence[Tensor], involution_weight: float = 1
         if not L.isfinite().all():
             raise FloatingPointError(f"the map of {aug} is not finite: lower --involution-weight")
         map_i.L.data.copy_(L.detach())
-    return map_errors(model, latents)
 
 
 @torch.no_grad()
@@ -183,35 +177,19 @@ def map_errors(model: LAVAE, latents: Sequence[Tensor]) -> list[dict]:
     return history
 
 
-def stage2_ablations(
-    model: LAVAE, latents: Sequence[Tensor], run: Namespace, checkpoint: "Checkpoint | None" = None
-) -> list[dict]:
-    """Stage 2 of the ablations. Model and latents are those of `stage2`.
-
-    An MLP in the place of L needs the data itself, in batches. Maps that stage 1 has learnt are
-    only measured. Returns what `map_errors` does.
-    """
-    print(f"stage 2: maps of the kind {type(model.maps[0]).__name__}")
+def stage2_mlp(model: LAVAE, latents: Sequence[Tensor], run: Namespace) -> None:
+    """Stage 2 of an ablation: MLPs in the place of the matrices. They need the data itself, in
+    batches. Model and latents are those of `stage2`."""
 
     def losses_of(index, weights):
         pairs = [z[index] for z in latents]
-        return {"loss": lavae.maps_loss(model.maps, model.orders, run.involution_weight, *pairs)}
+        return {"loss": lavae.maps_loss(model, run.involution_weight, *pairs)}
 
-    if not model.joint:
-        parameters = [*model.maps.parameters()]
-        batches = Batches(len(latents[0]), run.batch_size, run)
-        fit("stage 2", losses_of, parameters, batches, MLP_EPOCHS, run.lr, run, checkpoint)
-    return map_errors(model, latents)
+    batches = Batches(len(latents[0]), run.batch_size, run.seed)
+    fit("stage 2", losses_of, [*model.maps.parameters()], batches, MLP_EPOCHS, run.lr, run)
 
 
-def stage3(
-    model: LAVAE,
-    key: str,
-    z: Tensor,
-    images: Tensor,
-    run: Namespace,
-    checkpoint: "Checkpoint | None" = None,
-) -> list[dict]:
+def stage3(model: LAVAE, key: str, z: Tensor, images: Tensor, run: Namespace) -> list[dict]:
     """Stage 3, transfer (Eq. 7): a head learns to draw the views of other augmentations.
 
     key: its name in `model.heads`, those augmentations joined by +. z: the latents of the originals
@@ -226,10 +204,10 @@ def stage3(
         return {"loss": bce(head(z[:, index].flatten(0, 1)), x)}
 
     n_views, n = images.shape[:2]
-    parameters, batches = [*head.parameters()], Batches(n, run.batch_size // n_views, run)
+    batches = Batches(n, run.batch_size // n_views, run.seed)
     lr = run.lr / 2 if run.head == "gated" else run.lr
-    epochs = run.transfer_epochs
-    return fit(f"stage 3, {key}", losses_of, parameters, batches, epochs, lr, run, checkpoint)
+    stage, parameters = f"stage 3, {key}", [*head.parameters()]
+    return fit(stage, losses_of, parameters, batches, run.transfer_epochs, lr, run)
 
 
 # ---------------------------------------------------------------- the loop
@@ -243,7 +221,6 @@ def fit(
     epochs: int,
     lr: float,
     run: Namespace,
-    checkpoint: "Checkpoint | None" = None,
     noise: torch.Generator | None = None,
 ) -> list[dict]:
     """The training loop: minimise losses_of(index, weights)["loss"] with AdaBelief.
@@ -251,7 +228,8 @@ def fit(
     Args:
         losses_of: computes the losses of the images of these numbers; weights: see `weights_at`.
         lr: the peak of `one_cycle`; with --recipe published the constant learning rate.
-        checkpoint: go on after the last epoch that it holds of this stage; save each epoch to it.
+        run: the options. If it has a checkpoint, the loop goes on after the last epoch that this
+            holds of the stage, and saves each epoch to it.
         noise: the generator that losses_of draws from.
 
     Returns the history, a dict for each epoch. Raises FloatingPointError: a loss is not finite.
@@ -269,8 +247,8 @@ def fit(
         gradients_of = Recorded(gradients_of, parameters, noise)
     generators = [batches.shuffle, noise or batches.shuffle]  # without noise the same, twice
     state = (parameters, optimizer, generators, history)
-    if checkpoint:
-        checkpoint.restore(stage, *state)
+    if run.checkpoint:
+        run.checkpoint.restore(stage, *state)
     for done in range(len(history), epochs):
         start, all_losses, sizes = time.perf_counter(), [], []
         for step, index in enumerate(batches, start=done * len(batches)):
@@ -289,8 +267,8 @@ def fit(
         history.append({"epoch": done + 1, "seconds": seconds, **found})
         means = "  ".join(f"{name} {found[name]:.4g}" for name in losses)
         print(f"  epoch {done + 1}/{epochs}  {means}  {seconds:.1f} s")
-        if checkpoint:
-            checkpoint.save(stage, *state)
+        if run.checkpoint:
+            run.checkpoint.save(stage, *state)
     return history
 
 
@@ -352,9 +330,9 @@ class Batches:
     n, each number comes several times.
     """
 
-    def __init__(self, n: int, per_batch: int, run: Namespace, per_epoch: int = 0):
+    def __init__(self, n: int, per_batch: int, seed: int, per_epoch: int = 0):
         self.n, self.per_batch, self.per_epoch = n, max(1, per_batch), per_epoch or n
-        self.shuffle = torch.Generator().manual_seed(run.seed + SHUFFLE)
+        self.shuffle = torch.Generator().manual_seed(seed + SHUFFLE)
 
     def __len__(self):
         return max(1, self.per_epoch // self.per_batch)
@@ -398,7 +376,7 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its latents of the views",
 }
-NO_SETTINGS = ("preset", "as_published", "data_dir", "resume", "overwrite", "out")
+NO_SETTINGS = ("preset", "as_published", "data_dir", "resume", "overwrite", "out", "checkpoint")
 
 
 def resolve(run: Namespace) -> Namespace:
@@ -425,6 +403,9 @@ def resolve(run: Namespace) -> Namespace:
         run.condition = "paired"
     name = f"{run.model}-{'+'.join(run.augs)}".removeprefix("lavae-")
     run.out = run.out or Path("runs", name)
+    run.entry = "linear" if run.recipe == "published" else "relu"
+    run.orders = [2 if run.paper_involution else ORDERS.get(aug) for aug in run.augs]
+    run.classes, run.checkpoint = 10, None
 
     if len(run.augs) > 5:
         raise Refused("--augs: there are 2^K views of every image, so name five at most")
@@ -448,35 +429,13 @@ def settings_of(run: Namespace) -> dict:
     return {name: value for name, value in vars(run).items() if name not in NO_SETTINGS}
 
 
-def build(run: Namespace, classes: int = 10) -> LAVAE | CVAE:
-    """The untrained model. classes: how many digits there are, for a CVAE that is told them."""
-    entry = "linear" if run.recipe == "published" else "relu"
-    size = dict(latent_dim=run.latent_dim, filters=run.filters, entry=entry)
-    if run.condition:
-        return CVAE(run.augs, run.condition, classes=classes, **size)
-    return LAVAE(
-        run.augs,
-        run.transfer,
-        latent_map=run.latent_map,
-        originals_only=run.model == "vae",
-        head=run.head or "plain",
-        orders=[2 if run.paper_involution else ORDERS.get(aug) for aug in run.augs],
-        joint=run.joint,
-        **size,
-    )
-
-
 def view_tensor(images: np.ndarray, augs: Sequence[str], device: torch.device) -> Tensor:
     """The views of uint8 images (N, 28, 28), as a tensor on the device, (2^K, N, 28, 28)."""
     return torch.from_numpy(np.stack(all_views(images, augs))).to(device)
 
 
 def train(
-    run: Namespace,
-    x_train: np.ndarray,
-    y_train: np.ndarray | None,
-    device: torch.device,
-    checkpoint: "Checkpoint",
+    run: Namespace, x_train: np.ndarray, y_train: np.ndarray | None, device: torch.device
 ) -> LAVAE | CVAE:
     """Run the three stages, and write model.pt and metrics.json. Returns the model.
 
@@ -487,32 +446,43 @@ def train(
     torch.manual_seed(run.seed)
     if run.condition in ("digit", "both"):
         labels = torch.from_numpy(y_train).long().to(device)
-    model = build(run, 10 if labels is None else int(labels.max()) + 1)
-    model = lavae.channels_last(model.to(device))
+    model = lavae.channels_last(lavae.build(settings).to(device))
     # glibc returns big blocks of memory to the system, and each step asks for many of them again: a
     # third of the time. Freeing 31 MiB once makes glibc keep blocks up to that size.
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
     images = view_tensor(x_train, run.augs, device)
-    history["stage 1"] = stage1(model, images, labels, run, checkpoint)
-    if isinstance(model, LAVAE):
+    history["stage 1"] = stage1(model, images, labels, run)
+    if model.maps:
         latents = [model.encode(view) for view in original_and_singles(images)]
         del images  # a transfer has others
-        if run.latent_map == "linear" and not run.joint:
-            history["stage 2"] = stage2(model, latents, run.involution_weight)
-        else:
-            history["stage 2"] = stage2_ablations(model, latents, run, checkpoint)
+        print("stage 2: a map for each augmentation, from pairs; compositions are not shown")
+        if run.latent_map != "linear" and not run.joint:
+            stage2_mlp(model, latents, run)
+        elif not run.joint:  # else stage 1 has learnt them
+            stage2(model, latents, run.involution_weight)
+        history["stage 2"] = map_errors(model, latents)
         with torch.no_grad():
             z = torch.stack(views(latents[0], model.maps))
         for names in run.transfer:
             key, wanted = "+".join(names), view_tensor(x_train, names, device)
-            history[f"stage 3, {key}"] = stage3(model, key, z, wanted, run, checkpoint)
+            history[f"stage 3, {key}"] = stage3(model, key, z, wanted, run)
     metrics = dict(config=settings, made=made_with(device), history=history)
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    lavae.save(model, run.out / "model.pt", settings)
-    checkpoint.path.unlink()
+    lavae.save(model, run.out / "model.pt")
+    run.checkpoint.path.unlink()
     print(f"done: {run.out / 'model.pt'}")
     return model
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name. "auto" is CUDA, else the CPU. Raises OSError: it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": mps}[name]:
+        raise OSError(f"there is no {name} here: choose --device cpu")
+    return torch.device(name)
 
 
 def made_with(device: torch.device) -> dict:
@@ -573,8 +543,6 @@ def begin(run: Namespace) -> Checkpoint:
     Refused: there are files that must not be lost, or no run to go on with.
     """
     state, settings = run.out / "state.pt", settings_of(run)
-    names = ("state.pt", "model.pt", "metrics.json", "evaluation.json")
-    there = [run.out / name for name in names if (run.out / name).exists()]
     if run.resume:
         if not state.is_file():
             raise FileNotFoundError(
@@ -584,62 +552,28 @@ def begin(run: Namespace) -> Checkpoint:
         for name, value in content["settings"].items():
             if value != settings.get(name) and name != "device":
                 raise Refused(
-                    f"{run.out} was begun with {words({name: value})}: give the same options"
+                    f"{run.out} was begun with {as_typed({name: value})}: give the same options"
                 )
         return Checkpoint(state, content)
-    if there and not (run.overwrite and there[0].suffix == ".pt"):  # else it is of something else
-        raise FileExistsError(
-            f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
-            "with --overwrite, or choose another --out"
-        )
-    for path in there:
-        path.unlink()
+    ours = state.exists() or (run.out / "model.pt").exists()  # else it is of something else
+    for name in ("state.pt", "model.pt", "metrics.json", "evaluation.json"):
+        path = run.out / name
+        if path.exists() and not (ours and run.overwrite):
+            raise FileExistsError(
+                f"{run.out} holds a run: go on with --resume if it was interrupted, start over "
+                "with --overwrite, or choose another --out"
+            )
+        path.unlink(missing_ok=True)
     run.out.mkdir(parents=True, exist_ok=True)
     with open(state, "xb") as file:
         torch.save({"settings": settings}, file)
     return Checkpoint(state, {"settings": settings})
 
 
-def check_device(name: str) -> torch.device:
-    """`lavae.pick_device`, after a check that the device computes what the CPU does.
-
-    The gradients of one step may differ by 5% of their length, because devices add in different
-    orders, and some round to ten bits. (Some have been wrong by 10% and more, without an error.) If
-    more differs, or the step fails, "auto" is the CPU. Raises OSError, Refused: another name.
-    """
-    device = lavae.pick_device(name)
-    if device.type == "cpu":
-        return device
-    try:
-        pairs = zip(gradients_on(torch.device("cpu")), gradients_on(device))
-        error = torch.stack([(a - b).norm() / a.norm() for a, b in pairs]).max().item()
-        if error < 0.05:
-            return device
-        why = f"computes something else than the CPU here, {error:.0%} away"
-    except (RuntimeError, TypeError) as failure:  # an operation or a type that it lacks, no memory
-        why = f"cannot do what is needed ({str(failure).splitlines()[0]})"
-    if name != "auto":
-        raise Refused(f"{name} {why}: choose --device cpu, or try a newer torch")
-    print(f"{device.type} {why}: the CPU is taken")
-    return torch.device("cpu")
-
-
-def gradients_on(device: torch.device) -> list[Tensor]:
-    """The gradients of one step of a small LAVAE, the same on every device."""
-    torch.manual_seed(0)
-    model, x = LAVAE(["rotate_cw"], latent_dim=8, filters=4), torch.rand(2, 32, 28, 28)
-    x = x.to(device)
-    mu, logvar = model.to(device).encoder(x.flatten(0, 1))
-    loss = bce(model.decoder(mu), x.flatten(0, 1)) + lavae.kl(mu, logvar)
-    (loss + 1000 * lavae.equivariance_loss(mu.unflatten(0, x.shape[:2]), [4])).backward()
-    AdaBelief(model.parameters()).step()
-    return [p.grad.cpu() for p in model.parameters() if p.grad is not None]
-
-
 # ---------------------------------------------------------------- the command line
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number, int or float, from low to high."""
 
     def read(text):
@@ -652,7 +586,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return read
 
 
-def words(options: dict) -> str:
+def as_typed(options: dict) -> str:
     """Options as one types them: batch_size=64 is --batch-size 64."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
@@ -704,8 +638,8 @@ def parser_of() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("sizes, epochs and losses").add_argument
-    count, weight = number(int, 1, 10**6), number(float, 0, 10**6)
-    presets = [f"{name}: {words(preset)}" for name, preset in PRESETS.items()]
+    count, weight = bounded(int, 1, 10**6), bounded(float, 0, 10**6)
+    presets = [f"{name}: {as_typed(preset)}" for name, preset in PRESETS.items()]
     add(
         "--preset",
         choices=PRESETS,
@@ -725,14 +659,14 @@ def parser_of() -> argparse.ArgumentParser:
         choices=RECIPES,
         help="ours (default): the learning rate rises for a quarter of the steps, then falls to\n"
         "0; the weight of the KL term grows in the first twentieth; a batch has all views of its\n"
-        f"images; a ReLU follows a decoder's linear layer; {words(RECIPES['ours'])}\n"
+        f"images; a ReLU follows a decoder's linear layer; {as_typed(RECIPES['ours'])}\n"
         "published: a constant rate, constant weights, a LAVAE's batches are of any views, no\n"
-        f"such ReLU; {words(RECIPES['published'])}; needs --equivariance-weight 0",
+        f"such ReLU; {as_typed(RECIPES['published'])}; needs --equivariance-weight 0",
     )
-    add("--filters", type=number(int, 1, 512), help="of the first convolution")
+    add("--filters", type=bounded(int, 1, 512), help="of the first convolution")
     add(
         "--latent-dim",
-        type=number(int, 2, 512),
+        type=bounded(int, 2, 512),
         default=16,
         help="numbers in a latent (default 16)",
     )
@@ -740,12 +674,12 @@ def parser_of() -> argparse.ArgumentParser:
     add("--transfer-epochs", type=count, help="epochs of stage 3, for each head")
     add(
         "--lr",
-        type=number(float, 1e-9, 1e3),
+        type=bounded(float, 1e-9, 1e3),
         help="the learning rate's peak in stage 1; half of it for gated heads",
     )
     add(
         "--batch-size",
-        type=number(int, 1, 8192),
+        type=bounded(int, 1, 8192),
         help="views in a batch. With the equivariance loss stage 1 takes at least\n"
         "2 * latent dim * views, because a matrix can fit fewer images perfectly",
     )
@@ -792,8 +726,13 @@ def parser_of() -> argparse.ArgumentParser:
         "uint8 images of 28 x 28 as x_train, x_test, labels as y_train, y_test",
     )
     add("--data-dir", type=path_of, default=DATA_DIR, help="(default data/)")
-    add("--seed", type=number(int, 0, 2**62 - 1), default=0, help="(default 0)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default auto)")
+    add("--seed", type=bounded(int, 0, 2**62 - 1), default=0, help="(default 0)")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="auto (default): cuda if it is there, else cpu. Nobody has tried mps yet",
+    )
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="start over in a folder that holds a run")
     add(
@@ -815,16 +754,19 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
     parser = parser_of()
     with one_line_errors(parser, ": go on with --resume (and without --overwrite)"):
         run = resolve(parser.parse_args(argv))
-        device = check_device(run.device)
+        device = pick_device(run.device)
         run.device = device.type
         x_train, y_train, *_ = load_images(run.dataset, run.data_dir)
         if len(x_train) < 2 * run.latent_dim:
             raise Refused(f"{run.dataset} has {len(x_train)} images: lower --latent-dim")
-        if y_train is None and run.condition in ("digit", "both"):
-            raise Refused(f"--condition {run.condition}: {run.dataset} has no labels")
+        if run.condition in ("digit", "both"):
+            if y_train is None:
+                raise Refused(f"--condition {run.condition}: {run.dataset} has no labels")
+            run.classes = int(y_train.max()) + 1
         for aug in run.augs:
             check_order(x_train[:100], aug)
-        model = train(run, x_train, y_train, device, begin(run))
+        run.checkpoint = begin(run)
+        model = train(run, x_train, y_train, device)
         print(f'now: python "{Path(__file__).with_name("evaluate.py")}" "{run.out}"')
     return model.requires_grad_(False).eval()
 

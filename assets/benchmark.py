@@ -149,7 +149,7 @@ def limit(folder: str, *target: str) -> None:
     decoder that is told which.
     """
     model, data = lavae.load(folder), augment.load_images()
-    told_view, filters = CVAE(target).to_view, model.arguments["filters"]
+    told_view, filters = CVAE(target).to_view, model.settings["filters"]
     z, z_test = (torch.stack(augment.views(model.encode(x), model.maps)) for x in data[::2])
     images, wanted = (train.view_tensor(x, target, CPU) for x in data[::2])
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def learn_views(classifier: nn.Module, z: Tensor) -> None:
         return {"loss": F.cross_entropy(classifier(z[:, index].flatten(0, 1)), asked)}
 
     run = run_of("--batch-size 512")
-    batches = train.Batches(z.shape[1], run.batch_size // len(z), run)
+    batches = train.Batches(z.shape[1], run.batch_size // len(z), run.seed)
     train.fit("p(view | z)", losses_of, [*classifier.parameters()], batches, 8, 2e-3, run)
 
 
@@ -209,7 +209,7 @@ def learn_images(told: nn.Module, told_view: Callable, z: Tensor, images: Tensor
         return {"loss": lavae.bce(told(originals), x)}
 
     run = run_of()
-    batches = train.Batches(z.shape[1], run.batch_size // len(z), run)
+    batches = train.Batches(z.shape[1], run.batch_size // len(z), run.seed)
     train.fit("told the view", losses_of, [*told.parameters()], batches, 3, 4.5e-3, run)
 
 
@@ -277,7 +277,7 @@ fused_adam = partial(torch.optim.Adam, fused=True)
 def benchmark_stage1(n: int = 8192) -> None:
     """An epoch of stage 1 beside a bare loop with the fastest Adam and no equivariance loss."""
     images, run = flips(n), run_of("--epochs 1")
-    model, same = (lavae.channels_last(train.build(run)) for _ in range(2))
+    model, same = (lavae.channels_last(lavae.build(vars(run))) for _ in range(2))
 
     def stage1():
         train.stage1(model, images, None, run)
@@ -318,7 +318,7 @@ def benchmark_operations() -> None:
 
     def stage1(images, words):
         run = run_of(f"--epochs 1 --filters 2 --batch-size 128 {words}")
-        model = train.build(run)
+        model = lavae.build(vars(run))
         return lambda: train.stage1(model, images, None, run)
 
     print("operations a step")
@@ -340,7 +340,7 @@ def benchmark_recipe(n: int = 2048) -> None:
     reckoned as a sixth.)"""
     images = flips(n)
     run = run_of("--recipe published --equivariance-weight 0 --filters 64 --epochs 1")
-    model = lavae.channels_last(train.build(run))
+    model = lavae.channels_last(lavae.build(vars(run)))
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         train.stage1(model, images, None, run)

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,6 +20,7 @@ import torch
 
 import evaluate
 from augment import evenly, load_images, rotate_30
+from evaluate import ANY, GROUP, IDENTITY, PROBE, TABLE_1, TRANSFER
 
 HERE = Path(__file__).resolve().parent
 MORE_TARGETS = [["rotate_cw", "rotate_ccw"], ["mini_image", "shear_x"], ["mini_image", "canny"]]
@@ -62,8 +63,13 @@ def kept(name):
 
 
 def results(name):
-    """What `evaluate.measure` found of these."""
+    """What evaluation.json had of these: "tables" and "eigenvalues"."""
     return [run["evaluation"] for run in kept(name)]
+
+
+def first_row(one, title):
+    """The row of the model itself, in Table I or in the table of identity."""
+    return next(iter(one["tables"][title].values()))
 
 
 # ---------------------------------------------------------------- from numbers to text
@@ -76,8 +82,7 @@ def row(*cells):
 def spread(values):
     if not values:
         return ""
-    several = len(values) > 1
-    return evaluate.spread(values, 1).replace("+-", "±") if several else f"{values[0]:.1f}"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def range_of(values, digits=0):
@@ -87,38 +92,53 @@ def range_of(values, digits=0):
     return low if low == high else f"{low} to {high}"
 
 
+def drawn(one):
+    """What the views cost that are drawn from the originals, and their total: a row of Table I."""
+    return first_row(one, TABLE_1)
+
+
 def total(one):
-    return one["total"]
+    return drawn(one)["total"]
+
+
+def direct_row(one):
+    return one["tables"][ANY]["direct"]
 
 
 def direct(one):
     """The total of all views without a map, each encoded itself."""
-    return one["direct"]["total"]
+    return direct_row(one)["total"]
 
 
 def views_of(one):
-    return [*one["identity"]]
+    return [*first_row(one, IDENTITY)]
+
+
+def accuracy(one):
+    """The probe's, in %."""
+    return one["tables"][PROBE]["all"]["accuracy"]
 
 
 def excess(one):
     """The most that a view costs over encoding it directly, %."""
-    return max(100 * (one[view] / one["direct"][view] - 1) for view in views_of(one))
+    return max(100 * (drawn(one)[view] / direct_row(one)[view] - 1) for view in views_of(one))
 
 
 def never_shown(one):
-    return [nats for element, nats in one["elements"].items() if element not in views_of(one)]
+    group = one["tables"].get(GROUP, {})
+    return [row["nats"] for element, row in group.items() if element not in views_of(one)]
 
 
 def back(one, view):
     """The original, drawn from a view's latent."""
-    return one["any_to_any"][view]["orig"]
+    return one["tables"][ANY][f"from {view}"]["orig"]
 
 
 # ---------------------------------------------------------------- rows
 
 
 def result_row(label, rows):
-    views = [spread([one[view] for one in rows]) for view in views_of(rows[0])]
+    views = [spread([drawn(one)[view] for one in rows]) for view in views_of(rows[0])]
     totals = spread([*map(total, rows)])
     return row(label, *views, f"**{totals}**")
 
@@ -138,7 +158,7 @@ def entropy_of(images):
 
 def table1_row(label, rows):
     """Of a model in Table I, over seeds: the nats of each view and of all."""
-    cells = [[one[column] for one in rows] for column in (*views_of(rows[0]), "total")]
+    cells = [[drawn(one)[column] for one in rows] for column in (*views_of(rows[0]), "total")]
     return row(label, *map(spread, cells))
 
 
@@ -146,15 +166,15 @@ def identity_row(label, rows):
     """The percentage of test images that keep their identity, over seeds."""
     flips, both = [], []
     for one in rows:
-        _, *singles, last = one["identity"].values()
-        flips.append(100 * mean(singles))
-        both.append(100 * last)
+        _, *singles, last = first_row(one, IDENTITY).values()
+        flips.append(mean(singles))
+        both.append(last)
     return row(label, f"{spread(flips)}%", f"{spread(both)}%")
 
 
 def heads_of(rows):
     """What the heads cost that draw shear_x and canny, of the runs that have one."""
-    return [one["transfer"]["shear_x+canny"] for one in rows if one["transfer"]]
+    return [one["tables"][TRANSFER]["shear_x+canny"] for one in rows if TRANSFER in one["tables"]]
 
 
 def ladder_rung(label, flips, turns=None):
@@ -162,19 +182,19 @@ def ladder_rung(label, flips, turns=None):
     flips, turns = results(flips)[:1], results(turns)[:1] if turns else []
     cells = [spread([*map(f, rows)]) for rows in (flips, turns) for f in (direct, total)]
     unseen = [nats for one in turns for nats in never_shown(one)]
-    return row(label, *cells, range_of(unseen), spread([*map(total, heads_of(flips))]))
+    return row(label, *cells, range_of(unseen), spread([head["total"] for head in heads_of(flips)]))
 
 
 def evidence_row(label, one):
-    drawn = [one[view] for view in (*views_of(one), "reverse")]
-    drawn += [back(one, view) for view in ("flip_lr", "flip_lr+flip_ud")]
-    return row(label, *(f"{nats:.1f}" for nats in drawn))
+    costs = [drawn(one)[view] for view in (*views_of(one), "reverse")]
+    costs += [back(one, view) for view in ("flip_lr", "flip_lr+flip_ud")]
+    return row(label, *(f"{nats:.1f}" for nats in costs))
 
 
 def turns_row(run):
     one, config = run["evaluation"], run["config"]
     label = "k = 2, " * config["paper_involution"] + f"seed {config['seed']}"
-    values = one["group"]["eigenvalues"]["rotate_cw"]
+    values = one["eigenvalues"]["rotate_cw"]
     roots = Counter((round(re), abs(round(im))) for re, im in values)
     found = ", ".join(str(roots[root]) for root in ((1, 0), (-1, 0), (0, 1)))
     numbers = f"{total(one):.2f}", f"{direct(one):.2f}", f"{excess(one):.1f}%"
@@ -217,7 +237,7 @@ def readme_parts():
         "evidence": evidence(),
         "claims": claims(),
         "certain": certain(),
-        "transfer_total": spread([*map(total, heads_of(ours))]),
+        "transfer_total": spread([head["total"] for head in heads_of(ours)]),
         "parts": parts_rows(),
         **parts_words(),
         **table1_parts(),
@@ -254,7 +274,7 @@ one flip {first.flip:.1f}, {free.flip:.1f} |
 | Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, fixed signs \
 {signs.total:.0f}, in stages {ours0.total:.0f} |
 | Latents transfer to other augmentations | partly | named rightly by a probe \
-{head.correctly_classified:.0f}, wrongly {head.wrongly_classified:.0f} |"""
+{right:.0f}, wrongly {wrong:.0f} |"""
 
 
 def claims():
@@ -276,7 +296,8 @@ def claims():
         stuck=mean_of(results("joint-identity")),
         signs=mean_of(results("joint-signs")),
         free=mean_of(results("published-free")),
-        head=mean_of(heads_of(ours)),
+        right=mean(head["named rightly"] for head in heads_of(ours)),
+        wrong=mean(head["named wrongly"] for head in heads_of(ours)),
     )
 
 
@@ -286,12 +307,11 @@ BOTH = "flip_lr+flip_ud"
 def mean_of(runs):
     """The mean of each number. Of the flips also "flip", the mean of both, "both", and "back": the
     original from the latent of both."""
-    names = [name for name, value in runs[0].items() if isinstance(value, float)]
-    found = {name: mean(one[name] for one in runs) for name in names}
+    found = {name: mean(drawn(one)[name] for one in runs) for name in drawn(runs[0])}
     if BOTH in found:
         found["both"] = found[BOTH]
         found["flip"] = mean((found["flip_lr"], found["flip_ud"]))
-    if "any_to_any" in runs[0]:
+    if ANY in runs[0]["tables"]:
         found["back"] = mean(back(one, BOTH) for one in runs)
     return Namespace(**found)
 
@@ -309,7 +329,7 @@ def certain():
 
 def parts_of_a_turn():
     """What each part of a turn by 30 degrees costs, one dict a seed."""
-    return [one["parts"]["rotate_30"] for one in results("rotate_30")]
+    return [one["tables"]["rotate_30 to the power t, nats"] for one in results("rotate_30")]
 
 
 def parts_rows():
@@ -317,9 +337,10 @@ def parts_rows():
     turns, rows = parts_of_a_turn(), []
     images = evenly(load_images()[2], 3000)  # as evaluate.py takes
     for t in turns[0]:
-        label = f"{30 * float(t):g}°" + ", shown" * (t == "1.0")
+        degrees = 30 * float(t.removeprefix("t = "))
+        label = f"{degrees:g}°" + ", shown" * (degrees == 30)
         cells = [spread([one[t][name] for one in turns]) for name in turns[0][t]]
-        copy = entropy_of(rotate_30(images, 30 * float(t)))
+        copy = entropy_of(rotate_30(images, degrees))
         rows.append(row(label, *cells, f"{copy:.1f}"))
     return "\n".join(rows)
 
@@ -329,11 +350,13 @@ def parts_words():
     what half a quarter turn costs."""
     words = {}
     for t in ("0.5", "2.0"):
-        over = [100 * (one[t]["power"] / one[t]["direct"] - 1) for one in parts_of_a_turn()]
+        rows = [one[f"t = {t}"] for one in parts_of_a_turn()]
+        over = [100 * (one["L^t"] / one["direct"] - 1) for one in rows]
         words[f"parts_{t}"] = ", ".join(f"{percent:.1f}" for percent in over) + "%"
-    halves = [one["parts"]["rotate_cw"]["0.5"] for one in results("turns")]
+    turns = [one["tables"]["rotate_cw to the power t, nats"] for one in results("turns")]
+    halves = [one["t = 0.5"] for one in turns]
     power, blend, itself = (
-        f"{mean(one[name] for one in halves):.0f}" for name in ("power", "blend", "direct")
+        f"{mean(one[name] for one in halves):.0f}" for name in ("L^t", "blend", "direct")
     )
     words["half_turn"] = f"{power} nats, the blend {blend}, and direct is {itself}"
     return words
@@ -357,7 +380,7 @@ def planes_words():
 
 def joint():
     (stuck,), (signs,) = results("joint-identity"), results("joint-signs")
-    for values in stuck["group"]["eigenvalues"].values():
+    for values in stuck["eigenvalues"].values():
         assert min(real for real, _ in values) > 0.9
     return (
         f"with maps that start at the identity the total is {total(stuck):.0f}, and all "
@@ -397,6 +420,12 @@ def heatmap_runs(name):
     return {source: results(f"{name}-{source}") for source in evaluate.PAPER_TOTALS}
 
 
+def rows_of_heatmap(name):
+    """Its cells, as `evaluate.heatmap_rows` makes them."""
+    found = heatmap_runs(name)
+    return evaluate.heatmap_rows("mnist", [(s, one["tables"]) for s in found for one in found[s]])
+
+
 def below_paper(rows: dict[str, dict[str, tuple]]) -> str:
     """How many cells of `heatmap_rows` are below the paper's: "15 of 16"."""
     cells = [cell for row in rows.values() for cell in row.values() if cell[1]]
@@ -406,29 +435,32 @@ def below_paper(rows: dict[str, dict[str, tuple]]) -> str:
 def heatmap_parts():
     """The same of the heat-maps."""
     found, parts = heatmap_runs("heat"), {}
-    rows = evaluate.heatmap_rows("mnist", found)
-    published = evaluate.heatmap_rows("mnist", heatmap_runs("heat-published"))
+    rows, published = (rows_of_heatmap(name) for name in ("heat", "heat-published"))
     parts["heat_below"] = below_paper(rows)
     parts["heat_published_below"] = below_paper(published)
 
     probe, again = [], {"flip_lr+flip_ud": "flips", "rotate_cw+flip_lr": "turns"}
     for source in found:
         runs = results(again.get(source, f"again-{source}"))
-        accuracy = f"{100 * mean(one['probe_accuracy'] for one in runs):.1f}%"
+        share = f"{mean(map(accuracy, runs)):.1f}%"
         (further,) = results(f"more-{source}")
-        totals = [further["transfer"]["+".join(pair)]["total"] for pair in MORE_TARGETS]
-        probe.append(row(source.replace("+", ", "), accuracy, *(f"{t:.0f}" for t in totals)))
+        heads = further["tables"][TRANSFER]
+        totals = [heads["+".join(pair)]["total"] for pair in MORE_TARGETS]
+        probe.append(row(source.replace("+", ", "), share, *(f"{t:.0f}" for t in totals)))
     parts["probe"] = "\n".join(probe)
 
     cells = [(source, target, *cell) for source in rows for target, cell in rows[source].items()]
     ((source, target, _, paper),) = (cell for cell in cells if cell[3] and cell[2] >= cell[3])
-    seeds = " and ".join(f"{one['transfer'][target]['total']:.0f}" for one in found[source])
+    heads = [one["tables"][TRANSFER][target] for one in found[source]]
+    seeds = " and ".join(f"{head['total']:.0f}" for head in heads)
     pairs = f"{source} to {target}".replace("+", ", ")
     parts["heat_above"] = f"{pairs}, with {seeds} where the paper has {paper:.0f}"
 
-    head = mean_of(heads_of(results("flips")))
-    parts["probe_right"] = f"{head.correctly_classified:.1f} nats"
-    parts["probe_wrong"] = f"{head.wrongly_classified:.1f}"
+    right, wrong = (
+        mean(head[f"named {how}"] for head in heads_of(results("flips")))
+        for how in ("rightly", "wrongly")
+    )
+    parts["probe_right"], parts["probe_wrong"] = f"{right:.1f} nats", f"{wrong:.1f}"
     canny = mean(back(one, "canny") for one in found["shear_x+canny"])
     parts["canny_back"] = f"{canny:.0f} nats"
     limits = [json_of(path) for path in sorted(HERE.glob("limit-*.json"))]
@@ -466,10 +498,11 @@ def answers():
     """The rows and half-sentences of the answers, by name."""
     groups = {}
     for name in ("wrong", "turn", "transpose"):
-        elements = exercise(name)["evaluation"]["elements"]
-        groups[f"group_{name}"] = "\n".join(row(e, f"{n:.1f}") for e, n in elements.items())
+        group = exercise(name)["evaluation"]["tables"][GROUP]
+        rows = [row(element, f"{found['nats']:.1f}") for element, found in group.items()]
+        groups[f"group_{name}"] = "\n".join(rows)
     stuck, quick = exercise("stuck"), exercise("quick")
-    eigenvalues = quick["evaluation"]["group"]["eigenvalues"]
+    eigenvalues = quick["evaluation"]["eigenvalues"]
     lr, ud = (sum(re < 0 for re, _ in eigenvalues[aug]) for aug in ("flip_lr", "flip_ud"))
     return {
         "answers": exercise_rows(),
@@ -489,9 +522,9 @@ def exercise_rows():
     rows = []
     for name, label in EXERCISES.items():
         for seed, one in enumerate(results(f"exercise-{name}")):
-            drawn = ", ".join(f"{one[view]:.1f}" for view in views_of(one))
+            views = ", ".join(f"{drawn(one)[view]:.1f}" for view in views_of(one))
             numbers = total(one), direct(one), total(one) - direct(one)
-            rows.append(row(label.format(seed=seed), drawn, *(f"{n:.1f}" for n in numbers)))
+            rows.append(row(label.format(seed=seed), views, *(f"{n:.1f}" for n in numbers)))
     return "\n".join(rows)
 
 
@@ -501,16 +534,16 @@ def error_rows():
     for name in ("quick", "plain"):
         run = exercise(name)
         one, errors = run["evaluation"], [f"{found['error']:.4f}" for found in run["stage 2"]]
-        costs = [f"{one[view] - one['direct'][view]:.1f}" for view in views_of(one)]
+        costs = [f"{drawn(one)[view] - direct_row(one)[view]:.1f}" for view in views_of(one)]
         rows.append(row(EXERCISES[name], *errors, *costs))
     return "\n".join(rows)
 
 
 def step_row(degrees):
     """What half a step costs, and how the planes of latents turn in it."""
-    parts, turned = exercise(f"rotate_{degrees}")["evaluation"]["parts"], turned_in(degrees)
-    half, halves = parts[f"rotate_{degrees}"]["0.5"], {}
-    nats = half["power"], turned["nats"][1], half["blend"], half["direct"]
+    tables, turned = exercise(f"rotate_{degrees}")["evaluation"]["tables"], turned_in(degrees)
+    half, halves = tables[f"rotate_{degrees} to the power t, nats"]["t = 0.5"], {}
+    nats = half["L^t"], turned["nats"][1], half["blend"], half["direct"]
     for angle, by in turned["planes"]:
         if angle and (angle < 180 or by > 0):  # one of the two of a plane
             halves.setdefault(angle, []).append(f"{by}".replace("-", "−"))
@@ -522,14 +555,16 @@ def ways_row(name):
     """What flips, their reverse order and the ways back cost."""
     one = exercise(name)["evaluation"]
     flips = views_of(one)[1:]
-    nats = [one[view] for view in (*flips, "reverse")] + [back(one, view) for view in flips]
+    nats = [drawn(one)[view] for view in (*flips, "reverse")]
+    nats += [back(one, view) for view in flips]
     return row(EXERCISES[name], *(f"{n:.1f}" for n in nats))
 
 
 def letters():
     """Which letters the probe can tell from their mirror images, and which it cannot."""
-    by_class = exercise("letters")["evaluation"]["by_class"]
-    found = {chr(65 + int(label)): 100 * share for label, share in by_class.items()}
+    by_class = {**exercise("letters")["evaluation"]["tables"][PROBE]}
+    del by_class["all"]
+    found = {chr(65 + int(label)): one["accuracy"] for label, one in by_class.items()}
     known = [letter for letter in found if found[letter] >= 70]
     parts = {}
     for name, chosen in (("known", known), ("unknown", sorted({*found} - {*known}))):
@@ -540,8 +575,7 @@ def letters():
 
 def draw_heatmaps():
     for name, picture in (("heat", "heatmap"), ("heat-published", "heatmap_published")):
-        rows = evaluate.heatmap_rows("mnist", heatmap_runs(name))
-        evaluate.heatmap(rows).save(HERE.parent / f"{picture}.png")
+        evaluate.heatmap(rows_of_heatmap(name)).save(HERE.parent / f"{picture}.png")
 
 
 if __name__ == "__main__":
