@@ -13,12 +13,13 @@
     python evaluate.py runs/flip_lr+flip_ud     # this one
     python evaluate.py runs/seed0 runs/seed1    # these, and their mean and standard deviation
 
-Prints the tables, and writes evaluation.json and the figures to the run folders. It puts together
-what it is given: models that agree in all options that they share, also in the seed, are rows of
-one Table I; runs that differ in the seed alone get a mean; two sources or more with transfers get
-the heat-map, which is written beside their folders. BCE is in nats an image. Latents of images are
-posterior means, without noise. In order: numbers, tables, the heat-map, projections to the plane,
-what figures share, the figures, the command line. It is the last script to read.
+Prints the tables, and writes them, with the eigenvalues of the maps, to evaluation.json; writes the
+figures to the run folders. It puts together what it is given: runs of the same data and the same
+views share their tables; runs that differ in the seed alone get a mean; two sources or more with
+transfers get the heat-map, which is written beside their folders. BCE is in nats an image. Latents
+of images are posterior means, without noise. It computes on the CPU. In order: numbers, tables, the
+heat-map, projections to the plane, what figures share, the figures, the command line. It is the
+last script to read.
 """
 
 import argparse
@@ -1104,7 +1105,7 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 def evaluate(runs: Sequence[Run]) -> None:
     """Print all tables, and write evaluation.json and all figures that a run can have."""
     for run in runs:
-        print(f"measuring {run.folder}")
+        print(f"measuring {run.folder}, {run.dataset}")
         run.tables = measure(run)
         content = {"tables": run.tables, "eigenvalues": eigenvalues_of(run.model)}
         (run.folder / "evaluation.json").write_text(json.dumps(content, indent=1))

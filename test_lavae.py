@@ -9,6 +9,7 @@ import copy
 import errno
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -51,6 +52,7 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--filters", "2", "--epochs", "3", "--transfer-epochs", "2"]
 QUARTER = torch.tensor([[0.0, 1], [-1, 0]])  # a quarter turn of the plane, and a reflection
+PAIRS = evaluate.PAIR_NAMES
 MIRROR = torch.diag(torch.tensor([1.0, -1]))
 
 
@@ -135,7 +137,7 @@ def no_figures(monkeypatch):
 def evaluated(*runs):
     """What evaluate.py writes of the first of these runs."""
     evaluate.main([str(path) for path in runs])
-    return json_of(runs[0] / "evaluation.json")
+    return json_of(runs[0] / "evaluation.json")["tables"]
 
 
 def json_of(path):
@@ -151,13 +153,26 @@ def same_bits(*models):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def lavae_with(augs, *maps, latent_dim=16, filters=1):
-    """An untrained LAVAE with these maps, or with random ones."""
-    torch.manual_seed(0)
-    size = len(maps[0]) if maps else latent_dim
-    model = LAVAE(augs, latent_dim=size, filters=filters).requires_grad_(False)
-    for latent_map, L in zip(model.maps, maps or torch.randn(len(augs), size, size)):
+def lavae_with(augs, *maps, latent_dim=16, **named):
+    """An untrained LAVAE with these maps, or with random ones. Its weights are scaled until other
+    latents are clearly other pictures: else a wrong latent would pass for a right one."""
+    torch.manual_seed(2)
+    size, digits = len(maps[0]) if maps else latent_dim, augment.load_images()[2][:100]
+    model = LAVAE(augs, latent_dim=size, filters=2, **named).requires_grad_(False)
+    stretched = 1.3 * torch.linalg.qr(torch.randn(len(augs), size, size)).Q
+    for latent_map, L in zip(model.maps, maps or stretched):
         latent_map.L.copy_(L)
+    model.encoder.linear.weight.div_(model.encode(digits).std())
+    for decoder in (model.decoder, *model.heads.values()):
+        for layer in (decoder.linear, decoder.deconv1, decoder.deconv2):
+            layer.weight.mul_(8)
+    z, f = model.encode(digits), model.maps[0]
+    costs = [
+        evaluate.decoded(model.decoder, z_i, digits)[2] for z_i in (z, f(z), f.inverse(z), 0 * z)
+    ]
+    for a, b in itertools.combinations(costs, 2):
+        assert (a - b).abs().mean() > 0.05 * b.mean()
+        assert maps or abs(a.mean() / b.mean() - 1) > 0.05
     return model
 
 
@@ -168,9 +183,44 @@ def few(data):
 
 def run_of(out, model, images):
     """What figures are made from, with ten digits."""
-    digits = augment.one_of_each(*images[2:])
-    model.settings = {"model": "lavae", "dataset": "mnist", "condition": None, "seed": 0}
-    return evaluate.Run(out, model, images, digits, np.arange(10), [*"0123456789"])
+    if not hasattr(model, "settings"):
+        model.settings = vars(options("--augs", *model.augs)) | {"condition": None}
+    return evaluate.Run(out, model, images)
+
+
+def measured(model, images):
+    """The tables of a model."""
+    return evaluate.measure(run_of(Path("run"), model, images))
+
+
+def drawn_row(tables):
+    """The model's own row of Table I."""
+    return next(iter(tables[evaluate.TABLE_1].values()))
+
+
+def truth(x, name):
+    """Images x under the augmentations of a view's or a product's name."""
+    for factor in name.split("+") if name != "orig" else []:
+        aug, _, n = factor.partition("^")
+        for _ in range(int(n or 1)):
+            x = augment.AUGMENTATIONS[aug](x)
+    return x
+
+
+def computed(label, **names):
+    """What a row's label says, in plain torch: D(E(x) L1^2 L2), D(E(v) (L1 L2)^-1), .."""
+    code = re.sub(r"\((L\d(?: L\d)*)\)\^-1", r"power(\1, -1)", label)
+    code = re.sub(r"(L\d)\^(-?\d+)", r"power(\1, \2)", code)
+    code = re.sub(r"(?<=[\w)]) (?=L|power)", " @ ", code)
+    return eval(code, {"power": torch.linalg.matrix_power, **names})
+
+
+def names_of(model, **more):
+    """What the formulas of a model are made of: E, D, D_B, L1, L2, .."""
+    heads = [*model.heads.values()] or [None]
+    found = {f"L{i}": f.L for i, f in enumerate(model.maps, 1)}
+    found["E"] = lambda x: model.encoder(torch.from_numpy(x) / 255)[0]
+    return found | {"D": model.decoder, "D_B": heads[0], **more}
 
 
 def refused(main, argv, *words):
@@ -231,7 +281,7 @@ def steps(net, optimizer, n, seed=1):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def test_adabelief_has_manners():
+def test_adabelief_groups_and_half_precision():
     net = small_net()
     first, second = [*net[0].parameters()], [*net[3].parameters()]
     optimizer = adabelief.AdaBelief([{"params": first, "lr": 0.0}, {"params": second}], lr=1e-2)
@@ -239,41 +289,17 @@ def test_adabelief_has_manners():
     steps(net, optimizer, 1)
     changed = [not torch.equal(a, b) for a, b in zip(before, net.parameters())]
     assert changed == [False, False, True, True]
-    with pytest.raises(ValueError, match="another optimiser"):
-        optimizer.load_state_dict(torch.optim.Adam(first).state_dict())
-    for wrong in (dict(lr=math.nan), dict(betas=(1.0, 0.9)), dict(eps=1e-46)):
-        with pytest.raises(ValueError):
-            adabelief.AdaBelief(first, **wrong)
     half = torch.ones(3, dtype=torch.float16, requires_grad=True)
     half.sum().backward()
     with pytest.raises(TypeError, match="float32 and float64"):
         adabelief.AdaBelief([half]).step()
 
 
-@pytest.mark.parametrize("rectify", [False, True])
-@pytest.mark.parametrize("decay, decoupled", [(0.0, True), (0.1, True), (0.1, False)])
-def test_adabelief_equals_the_authors_package(decay, decoupled, rectify):
+def test_adabelief_equals_the_authors_package():
     ours, theirs = small_net(), small_net()
-    a = steps(
-        ours,
-        adabelief.AdaBelief(
-            ours.parameters(), lr=1e-2, weight_decay=decay, decoupled=decoupled, rectify=rectify
-        ),
-        200,
-    )
-    b = steps(
-        theirs,
-        adabelief_pytorch.AdaBelief(
-            theirs.parameters(),
-            lr=1e-2,
-            eps=1e-16,
-            weight_decay=decay,
-            weight_decouple=decoupled,
-            rectify=rectify,
-            print_change_log=False,
-        ),
-        200,
-    )
+    plain = dict(lr=1e-2, eps=1e-16, rectify=False, print_change_log=False)
+    a = steps(ours, adabelief.AdaBelief(ours.parameters(), lr=1e-2), 200)
+    b = steps(theirs, adabelief_pytorch.AdaBelief(theirs.parameters(), **plain), 200)
     assert (a - b).abs().max() < 1e-12
 
 
@@ -328,10 +354,10 @@ def test_flips_and_rotations(digits):
 
 
 def odd_images(n, seed=0):
-    """n arrays of uint8 images of all kinds, 3x3 to 64x64: what canny must not stumble over."""
+    """n arrays of uint8 images of all kinds, 1x1 to 64x64: what canny must not stumble over."""
     rng = np.random.default_rng(seed)
     for k in range(n):
-        height, width = rng.integers(3, 65, 2)
+        height, width = rng.integers(1, 65, 2)
         noise = rng.integers(0, 256, (height, width), dtype=np.uint8)
         ramp = np.add.outer(
             np.arange(height) * rng.integers(0, 9), np.arange(width) * rng.integers(0, 9)
@@ -350,7 +376,7 @@ def odd_images(n, seed=0):
 def test_canny_is_opencvs(digits):
     """On odd images and on digits."""
     for images in (digits, *odd_images(100)):
-        for low, high in ((100, 200), (0, 0), (50, 150), (200, 100)):
+        for low, high in ((100, 200), (0, 0), (50, 150)):
             expected = np.stack(
                 [cv2.Canny(x, low, high, apertureSize=3, L2gradient=True) for x in images]
             )
@@ -408,24 +434,21 @@ def test_blur_edges_and_miniature_against_libraries(digits):
 
 
 def test_noises_have_their_place_and_their_moments():
-    images = np.zeros((2000, 28, 28), np.uint8)
-    images[:, 27, 27] = np.arange(2000) % 200  # 200 images, ten times each
+    images = np.zeros((400, 28, 28), np.uint8)
+    images[:, 27, 27] = np.arange(400) % 200  # 200 images, twice each
     images[:, 27, 26] = 1
     corner, spread = augment.tl_sap_noise(images), augment.sap_noise(images)
     rest = corner.copy()
     rest[:, :7, :7] = 0
     assert np.array_equal(rest, images)
-    noise = corner[:200, :7, :7]
-    assert noise.mean() == pytest.approx(127.5, abs=1.5) and noise.std() == pytest.approx(32, abs=1)
-    noise = spread[:200, :27]
-    assert (noise > 0).mean() == pytest.approx(0.2, abs=0.004)
-    noise = noise[noise > 0]
-    assert noise.mean() == pytest.approx(127.5, abs=0.5)
-    assert noise.std() == pytest.approx(16, abs=0.3)
+    dots = spread[:200, :27]
+    assert (dots > 0).mean() == pytest.approx(0.2, abs=0.004)
+    for noise, sd in ((corner[:200, :7, :7], 32), (dots[dots > 0], 16)):
+        assert noise.mean() == pytest.approx(127.5, abs=1.5)
+        assert noise.std() == pytest.approx(sd, abs=1)
     for f, out in ((augment.tl_sap_noise, corner), (augment.sap_noise, spread)):
         assert not np.array_equal(out, f(images, seed=1))
-        assert np.array_equal(out[:200], out[200:400])  # a function of the image, not of its place
-        assert np.array_equal(f(images[7:9]), out[7:9])
+        assert np.array_equal(out[:200], out[200:])  # a function of the image, not of its place
         assert len(np.unique(out[:200, :27, :27], axis=0)) == 200  # another for each
 
 
@@ -450,35 +473,20 @@ def test_augmentations_have_manners(digits):
         assert np.array_equal(before, digits) and out.dtype == np.uint8, name
         assert out.shape == digits.shape and not np.array_equal(out, digits), name
         assert not np.shares_memory(out, digits) and f(digits[:0]).shape == (0, 28, 28), name
-        with pytest.raises(TypeError, match="uint8"):
-            f(digits.astype(np.float32))
-        for wrong in (digits[0], digits[:, :0], digits[:0, :, :0]):
-            with pytest.raises(ValueError, match=r"\(N, H, W\)"):
-                f(wrong)
         assert f(digits[:2, :5, :3]).shape in ((2, 5, 3), (2, 3, 5)), name
-    with pytest.raises(ValueError, match="3x3"):
-        augment.canny(digits[:, :2])
+        for wrong in (digits / 255, digits[0], None):  # the figures and train.py ask for views
+            with pytest.raises(ValueError, match=r"uint8 \(N, H, W\)"):
+                augment.all_views(wrong, [name])
+        if name not in ("flip_lr", "flip_ud", "rotate_cw", "rotate_ccw"):  # which may be of floats
+            with pytest.raises(ValueError, match="uint8"):
+                f(digits / 255)
 
 
-@pytest.mark.parametrize(
-    "f, bad",
-    [
-        (augment.gaussian_blur, (0, -1, math.nan, math.inf)),
-        (augment.mini_image, (0, -3)),
-        (augment.edge_detect, (-0.1, 1.1, math.nan)),
-        (augment.shear_x, (90, -90, math.nan, math.inf)),
-        (augment.canny, (math.nan,)),
-    ],
-)
-def test_values_at_the_edge_of_an_augmentation_are_right_or_refused(f, bad, digits):
-    for value in bad:
-        with pytest.raises(ValueError, match="expected"):
-            f(digits[:3], value)
+def test_values_at_the_edge_of_an_augmentation(digits):
     x = digits[:20]
     assert np.array_equal(augment.gaussian_blur(x, 1e-3), x)
     assert np.array_equal(augment.edge_detect(x, 0), x) and np.array_equal(augment.shear_x(x, 0), x)
     assert np.array_equal(augment.mini_image(x, 28), x)
-    assert augment.mini_image(x, 1)[0, 0, 0] == pytest.approx(x[0].mean(), abs=x[0].mean())
 
 
 def test_augment_writes_its_picture(tmp_path):
@@ -491,15 +499,9 @@ def test_augment_writes_its_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_views_double_and_are_named_in_the_order_of_application(digits):
+def test_views_double_in_the_order_of_application(digits):
     cw, lr = augment.rotate_cw, augment.flip_lr
     views = augment.all_views(digits, ["rotate_cw", "flip_lr"])
-    assert augment.view_names(["rotate_cw", "flip_lr"]) == [
-        "orig",
-        "rotate_cw",
-        "flip_lr",
-        "rotate_cw+flip_lr",
-    ]
     for view, expected in zip(views, (digits, cw(digits), lr(digits), lr(cw(digits)))):
         assert np.array_equal(view, expected)
     assert not np.array_equal(views[-1], cw(lr(digits)))  # here the order matters
@@ -687,30 +689,12 @@ def test_a_recorded_step_is_the_step(waits, monkeypatch, capsys):
     assert ("without a CUDA graph" in capsys.readouterr().out) == waits
 
 
-def test_the_first_map_comes_first():
-    model = lavae_with(["rotate_cw", "flip_lr"], QUARTER, MIRROR)
-    z = torch.tensor([[1.0, 2.0]])
-    quarter, mirrored = torch.tensor([[-2.0, 1.0]]), torch.tensor([[-2.0, -1.0]])
-    views = augment.views(z, model.maps)
-    assert torch.equal(views[1], quarter) and torch.equal(views[3], mirrored)
-    assert torch.equal(model.to_view(z, 3), mirrored) and torch.equal(model.to_view(z, 0), z)
-    assert torch.allclose(model.from_view(mirrored, 3), z)
-    assert torch.allclose(model.from_view(quarter, 1), z)
-
-
 def test_the_papers_cvae():
     conv = 64 * 16 + 64 + 128 * 64 * 16 + 128
     for condition, width in (("view", 4), ("digit", 10), ("both", 14), ("paired", 2)):
         model = CVAE(condition=condition)
         count = sum(p.numel() for p in model.encoder.parameters())
         assert count == conv + (128 * 49 + width) * 32 + 32
-        told = [model.to_view(torch.zeros(1, 16), v, [3])[0, 16:].tolist() for v in range(4)]
-        if condition == "paired":
-            assert told == [[0, 0], [1, 0], [0, 1], [1, 1]]
-        else:
-            ones = {"view": [[0], [1], [2], [3]], "digit": [[3]] * 4}
-            ones["both"] = [[v, 7] for v in range(4)]
-            assert [np.flatnonzero(code).tolist() for code in told] == ones[condition]
         assert model.decoder.linear.in_features == 16 + width
 
 
@@ -762,18 +746,13 @@ def test_mmd_is_the_distance_of_two_clouds():
 
 
 def test_everything_has_the_dtype_of_the_weights(run, digits):
-    model, x = lavae.load(run[0]).double(), torch.from_numpy(digits[:9])
-    for word, *words in (
-        ("augment", "flip_lr"),
-        ("convert", "flip_lr", "flip_ud"),
-        ("power", "flip_ud", 0.5),
-    ):
-        ours = getattr(model, word)(lavae.pixels(x, torch.double), *words)
-        assert ours.dtype == torch.double, word
-        assert torch.allclose(ours.float(), getattr(run[1], word)(x / 255, *words), atol=1e-5)
-    z = model.encode(x)
+    model, x = lavae.load(run[0]).double(), torch.from_numpy(digits[:9]) / 255
+    ours = model.power(x.double(), "flip_ud", 0.5)
+    assert ours.dtype == torch.double
+    assert torch.allclose(ours.float(), run[1].power(x, "flip_ud", 0.5), atol=1e-5)
+    z = model.encode(digits[:9])
     assert z.dtype == model.from_view(z, 3).dtype == lavae.sample(z, z).dtype == torch.double
-    assert torch.allclose(z.float(), run[1].encode(x), atol=1e-4)
+    assert torch.allclose(z.float(), run[1].encode(digits[:9]), atol=1e-4)
     double = LAVAE(["flip_lr"], filters=1, latent_dim=4).double()
     images = torch.from_numpy(np.stack(augment.all_views(digits[:64], ["flip_lr"])))
     (row,) = train.stage1(double, images, None, options("--epochs", "1", "--augs", "flip_lr"))
@@ -782,10 +761,10 @@ def test_everything_has_the_dtype_of_the_weights(run, digits):
 
 def test_checkpoint_round_trip(run, tmp_path):
     model = run[1]
-    lavae.save(model, tmp_path / "model.pt", model.settings)
+    lavae.save(model, tmp_path / "model.pt")
     again = lavae.load(tmp_path / "model.pt")
     assert again.settings == model.settings and again.augs == ["flip_lr", "flip_ud"]
-    assert again.orders == [2, 2] and again.arguments == model.arguments
+    assert again.orders == [2, 2] and again.settings["classes"] == 10
     assert same_bits(again, model) and names_in(tmp_path) == ["model.pt"]
 
 
@@ -819,41 +798,33 @@ def test_a_map_has_real_powers():
     assert half.trace().item() == pytest.approx(4 * 0.1**0.5 + 2)  # 71.6 degrees, not -108.4
 
 
-def test_the_model_in_a_notebook(run, digits):
-    model, x = run[1], torch.from_numpy(digits[:7]) / 255
-    z, (L1, L2) = model.encoder(x)[0], (latent_map.L for latent_map in model.maps)
-    for picture, z_i in (
-        (model.augment(x), z),
-        (model.augment(x, "flip_ud", "flip_lr"), z @ L2 @ L1),
-        (model.power(x, "flip_lr", 1.0), z @ L1),
-        (model.power(x, "flip_ud", 0.0), z),
-    ):
-        assert torch.allclose(picture, model.decoder(z_i).sigmoid(), atol=1e-5)
-    assert model.augment(x[:0], "flip_lr").shape == (0, 28, 28)
-    with pytest.raises(ValueError, match="flip_lr, flip_ud"):
-        model.augment(x, "canny")
-
-
-def test_views_are_converted_as_they_are_named(digits):
+def test_the_model_in_a_notebook(digits):
     """The left name first; a name twice, or with a power, is the map as often."""
-    model = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4, filters=2)
-    x, (L1, L2) = torch.from_numpy(digits[:5]) / 255, (latent_map.L for latent_map in model.maps)
-    z = model.encoder(x)[0]
+    model = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4)
+    x, names = torch.from_numpy(digits[:5]) / 255, names_of(model)
 
-    def drawn(L):
-        return model.decoder(z @ L).sigmoid()
+    def drawn(label):
+        return computed(f"D({label})", z=model.encoder(x)[0], **names).sigmoid()
 
-    for view, L in (
-        ("orig", torch.eye(4)),
-        ("rotate_cw+flip_lr", L1 @ L2),
-        ("flip_lr+rotate_cw", L2 @ L1),
-        ("rotate_cw+rotate_cw", L1 @ L1),
-        ("rotate_cw^3+flip_lr", L1 @ L1 @ L1 @ L2),
-        ("flip_lr+rotate_cw^-2", L2 @ torch.linalg.inv(L1 @ L1)),
+    for view, product in (
+        ("orig", ""),
+        ("rotate_cw+flip_lr", " L1 L2"),
+        ("flip_lr+rotate_cw", " L2 L1"),
+        ("rotate_cw+rotate_cw", " L1 L1"),
+        ("rotate_cw^3+flip_lr", " L1^3 L2"),
+        ("flip_lr+rotate_cw^-2", " L2 L1^-2"),
     ):
-        assert torch.allclose(model.convert(x, target=view), drawn(L), atol=1e-4), view
-        back = drawn(torch.linalg.inv(L) @ L2)
-        assert torch.allclose(model.convert(x, view, "flip_lr"), back, atol=1e-3), view
+        assert torch.allclose(model.convert(x, target=view), drawn(f"z{product}"), atol=1e-4), view
+    for source, label in (("flip_lr+rotate_cw^-2", "z L1^2 L2^-1 L2"), ("rotate_cw", "z L1^-1 L2")):
+        assert torch.allclose(model.convert(x, source, "flip_lr"), drawn(label), atol=1e-3), source
+    for ours, label in (
+        (model.augment(x), "z"),
+        (model.augment(x, "flip_lr", "rotate_cw"), "z L2 L1"),
+        (model.power(x, "rotate_cw", 1.0), "z L1"),
+        (model.power(x, "flip_lr", 0.0), "z"),
+    ):
+        assert torch.allclose(ours, drawn(label), atol=1e-4)
+    assert model.augment(x[:0], "flip_lr").shape == (0, 28, 28)
     for view in ("canny", "flip_lr+canny", "rotate_cw^x", "rotate_cw^1.5", "rotate_cw^"):
         with pytest.raises(ValueError):
             model.convert(x, target=view)
@@ -884,30 +855,20 @@ def test_stage2_without_involution_is_least_squares(run, digits):
         assert torch.allclose(L, expected, atol=1e-3)
 
 
-def test_stage2_finds_a_known_involution():
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
-    involution = basis @ torch.block_diag(MIRROR, -MIRROR, MIRROR) @ basis.T
-    z, noise = torch.randn(2, 5000, 6, generator=generator)
-    (plain,) = maps_of(z, 0.9 * z @ involution + 0.2 * noise, involution_weight=0.0)
-    (L,) = maps_of(z, 0.9 * z @ involution + 0.2 * noise, involution_weight=1.0)
-    assert lavae.order_error(L, 2) < 1e-3 < lavae.order_error(plain, 2)
-    assert torch.allclose(L, involution, atol=0.05)
-
-
-def test_stage2_finds_a_known_quarter_turn():
-    """Of order 4: the paper's k = 2 cannot have it, k = 4 finds it in shrunk and noisy latents."""
+@pytest.mark.parametrize("aug, part", [("flip_lr", -MIRROR), ("rotate_cw", QUARTER)])
+def test_stage2_finds_a_known_map(aug, part):
+    """In shrunk and noisy latents. The paper's k = 2 cannot have a quarter turn, k = 4 finds it."""
     generator = torch.Generator().manual_seed(1)
     basis = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
-    turn = basis @ torch.block_diag(QUARTER, QUARTER, MIRROR) @ basis.T
-    z = torch.randn(5000, 6, generator=generator)
-    pairs = z, 0.9 * z @ turn + 0.2 * torch.randn(5000, 6, generator=generator)
-    (free,) = maps_of(*pairs, augs=["rotate_cw"], involution_weight=0.0)
-    (L,) = maps_of(*pairs, augs=["rotate_cw"])
-    (flat,) = maps_of(*pairs, augs=["rotate_cw"], paper_involution=True)
-    assert lavae.order_error(L, 4) < 1e-3 < lavae.order_error(free, 4)
-    assert torch.allclose(L, turn, atol=0.05) and not torch.allclose(flat, turn, atol=0.5)
-    assert lavae.order_error(flat, 2) < 0.5 < lavae.order_error(turn, 2)
+    known, order = basis @ torch.block_diag(part, part, MIRROR) @ basis.T, augment.ORDERS[aug]
+    z, noise = torch.randn(2, 5000, 6, generator=generator)
+    pairs = z, 0.9 * z @ known + 0.2 * noise
+    (free,) = maps_of(*pairs, augs=[aug], involution_weight=0.0)
+    (L,) = maps_of(*pairs, augs=[aug])
+    (published,) = maps_of(*pairs, augs=[aug], paper_involution=True)
+    assert lavae.order_error(L, order) < 1e-3 < lavae.order_error(free, order)
+    assert torch.allclose(L, known, atol=0.05) and lavae.order_error(published, 2) < 0.5
+    assert torch.allclose(published, known, atol=0.5) == (order == 2)
 
 
 def test_the_order_of_each_map():
@@ -930,10 +891,10 @@ def test_the_order_of_each_map():
         back = [k for k, power in enumerate(powers, 1) if np.array_equal(power, x)]
         assert back[:1] == [augment.ORDERS[name]] if name in augment.ORDERS else not back, name
     words = ["--augs", "rotate_cw", "flip_lr", "canny", "--filters", "1"]
-    assert train.build(options(*words)).orders == [4, 2, None]
-    assert train.build(options(*words, "--paper-involution")).orders == [2, 2, 2]
+    assert lavae.build(vars(options(*words))).orders == [4, 2, None]
+    assert lavae.build(vars(options(*words, "--paper-involution"))).orders == [2, 2, 2]
     for name, width in (("mlp", 8), ("mlp-wide", 256)):
-        assert train.build(options("--latent-map", name)).maps[0][0].out_features == width
+        assert lavae.build(vars(options("--latent-map", name))).maps[0][0].out_features == width
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -980,9 +941,11 @@ def test_a_short_run_learns_all_three_stages(run, data, digits):
     assert last["bce"] < first["bce"] and last["equivariance"] < 0.1
     torch.manual_seed(0)
     untrained = LAVAE(transfers=[["shear_x", "canny"]], filters=8)
-    untrained, trained = (evaluate.measure(m, few(data)) for m in (untrained, model))
+    untrained, trained = (measured(m, few(data)) for m in (untrained, model))
+    heads = [tables[evaluate.TRANSFER]["shear_x+canny"] for tables in (trained, untrained)]
+    after, before = (head["total"] for head in heads)
+    untrained, trained = drawn_row(untrained), drawn_row(trained)
     assert trained["total"] < 0.4 * untrained["total"]
-    after, before = (one["transfer"]["shear_x+canny"]["total"] for one in (trained, untrained))
     assert after < 0.7 * before
     # An augmented view comes from the original: without its map it would come out much worse.
     z, flipped = model.encode(digits), augment.flip_lr(digits)
@@ -1010,11 +973,14 @@ def test_the_equivariance_loss_sees_more_images_than_a_map_can_fit(
 def test_one_augmentation_and_three(augs, small_data, tmp_path):
     targets = " ".join(augs.split()[::-1])
     model = small(tmp_path, f"--epochs 1 --transfer-epochs 1 --augs {augs} --transfer {targets}")
-    names, result = augment.view_names(augs.split()), evaluate.measure(model, small_data)
-    assert [*result["direct"]] == [*names, "total"]
-    assert ("reverse" in result) == (len(names) > 2)
-    drawn = augment.view_names(targets.split())
-    assert [*result["transfer"][targets.replace(" ", "+")]][:-2] == [*drawn, "total"]
+    names, tables = augment.view_names(augs.split()), measured(model, small_data)
+    assert [*tables[evaluate.ANY]["direct"]] == [*names, "total"]
+    assert ("reverse" in drawn_row(tables)) == (len(names) > 2)
+    (head,) = tables[evaluate.TRANSFER].values()
+    assert [*head][len(names) - 1 : len(names) + 1] == [
+        "+".join(["B1", "B2", "B3"][: len(augs.split())]),
+        "total",
+    ]
     figures = ("fig3_views", "fig4_inverses", "fig5_recursion", "fig6_transfer")
     chosen = {name: evaluate.FIGURES[name] for name in (*figures, "eigenvalues", "group_elements")}
     lacking = evaluate.draw_figures(run_of(tmp_path, model, small_data), chosen)
@@ -1041,9 +1007,9 @@ def test_baselines_and_ablations_learn(n, words, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MLP_EPOCHS", 2)
     settings = options(*words.split(), "--filters", "8", "--device", "cpu")
     torch.manual_seed(0)
-    before = train.build(settings)
+    before = lavae.build(vars(settings))
     after = tiny_run(data, tmp_path, words, n)
-    rows = [evaluate.measure(m.eval(), few(data)) for m in (before, after)]
+    rows = [drawn_row(measured(m.eval(), few(data))) for m in (before, after)]
     key = "total" if settings.model != "cvae" and not settings.joint else "orig"
     assert rows[1][key] < 0.6 * rows[0][key]
     if "mlp" in words:  # stage 2 has learnt, too
@@ -1063,9 +1029,9 @@ def test_the_joint_lesson(data, tmp_path):
         tiny_run(data, tmp_path / start, f"{words} {start}") for start in ("identity", "signs")
     )
     for model, reversed_ in ((stuck, 0), (free, 8)):
-        for values in evaluate.group(model)["eigenvalues"].values():
+        for values in evaluate.eigenvalues_of(model).values():
             assert sum(real < 0 for real, _ in values) == reversed_
-    totals = [evaluate.measure(m, few(data))["total"] for m in (stuck, free)]
+    totals = [drawn_row(measured(m, few(data)))["total"] for m in (stuck, free)]
     assert totals[1] < 0.9 * totals[0], totals
 
 
@@ -1078,21 +1044,6 @@ def test_the_paired_cvae_never_sees_the_composition(small_data, tmp_path, monkey
         x, flipped, turned = (255 * x).round().byte().numpy()
         assert np.array_equal(augment.flip_lr(x), flipped)
         assert np.array_equal(augment.flip_ud(x), turned)
-
-
-def test_digits_are_told_as_they_are(small_data, tmp_path, monkeypatch):
-    label_of = {x.tobytes(): y for x, y in zip(*small_data[:2])}
-    forward, n = CVAE.forward, []
-
-    def checked(self, x, noise, labels):
-        for image, label in zip((x[0] * 255).round().byte().numpy(), labels):
-            assert label_of[image.tobytes()] == label
-            n.append(1)
-        return forward(self, x, noise, labels)
-
-    monkeypatch.setattr(CVAE, "forward", checked)
-    small(tmp_path, "--model cvae --condition digit")
-    assert sum(n) >= 3 * 400
 
 
 def test_a_head_learns_to_draw_the_same_image(run, data):
@@ -1151,7 +1102,7 @@ def test_as_published_is_what_its_help_says():
 def test_the_published_model_has_the_papers_parameters_and_no_others():
     """Appendix C with C = 64 and d = 16, written out. Decoders are held in the test of stage 1."""
     more = "--preset paper --transfer shear_x canny --transfer canny shear_x"
-    model = train.build(options(*more.split()))
+    model = lavae.build(vars(options(*more.split())))
     encoder = (16 + 1) * 64 + (64 * 16 + 1) * 128 + (128 * 7 * 7 + 1) * 32
     decoder = (16 + 1) * 128 * 7 * 7 + (128 * 16) * 64 + 64 + 64 * 16 + 1
     assert sum(p.numel() for p in model.parameters()) == encoder + 3 * decoder + 2 * 16 * 16
@@ -1233,7 +1184,7 @@ def test_identity_counts_the_pictures_that_find_their_own_image(digits):
             return logits[z[:, 0].long()]
 
     nats, identity = evaluate.score(Decoder(), torch.arange(60.0)[:, None], digits[:60])
-    assert identity == pytest.approx(40 / 60)
+    assert identity == pytest.approx(100 * 40 / 60)
     twice = torch.cat([torch.arange(60.0)] * 2)[:, None]  # equal images are hits, too
     again = evaluate.score(Decoder(), twice, np.concatenate([digits[:60]] * 2))
     assert again == pytest.approx((nats, identity))
@@ -1261,82 +1212,87 @@ def test_the_probes_accuracy_on_clouds():
     generator = torch.Generator().manual_seed(0)
     clouds = torch.randn(3, 1000, 4, generator=generator)
     moved = clouds + 10 * torch.eye(3, 4)[:, None]
-    assert evaluate.correctly_classified(moved[:, :800], moved[:, 800:]).all()
-    luck = evaluate.correctly_classified(clouds[:, :800], clouds[:, 800:])
-    assert luck.shape == (3, 200) and abs(luck.double().mean() - 1 / 3) < 0.08
-    # half of two views change places
-    moved[0, 900:], moved[1, 900:] = moved[1, 900:].clone(), moved[0, 900:].clone()
-    right = evaluate.correctly_classified(moved[:, :800], moved[:, 800:])
-    assert [view[:100].all().item() for view in right] == [True] * 3
-    assert [view[100:].any().item() for view in right] == [False, False, True]
+
+    def right(latents):
+        probe = evaluate.train_probe(latents[:, :800])
+        return torch.stack([probe(z[800:]).argmax(1) == v for v, z in enumerate(latents)])
+
+    assert right(moved).all() and abs(right(clouds).double().mean() - 1 / 3) < 0.08
 
 
-def test_measure_agrees_with_the_formulas(run, data, digits):
-    _, model = run
-    result = evaluate.measure(model, few(data))
-    x, lr, ud, both = (torch.from_numpy(v) / 255 for v in augment.all_views(digits, model.augs))
-    L1, L2 = (latent_map.L for latent_map in model.maps)
+def test_each_number_of_the_tables_is_what_its_place_says(data, monkeypatch):
+    """Rows and columns are views, products of augmentations, or powers: in plain torch."""
+    augs, B = ["rotate_cw", "flip_lr"], ["shear_x", "canny"]
+    model, images = lavae_with(augs, transfers=[B], latent_dim=6), few(data)
+    trained_on, probe = [], torch.nn.Linear(6, 4).requires_grad_(False)  # often wrong
+    monkeypatch.setattr(evaluate, "train_probe", lambda given: trained_on.append(given) or probe)
+    x, names, tables = images[2], names_of(model), measured(model, images)
+    E, L1 = names["E"], names["L1"]
 
-    def nats(z, view):
-        p = model.decoder(z).sigmoid().double().clamp(1e-12, 1 - 1e-12)
-        return -(view * p.log() + (1 - view) * (1 - p).log()).sum((1, 2)).mean().item()
+    def product(name):  # "rotate_cw^3+flip_lr" to " L1^3 L2"
+        words = name.replace("rotate_cw", "L1").replace("flip_lr", "L2").split("+")
+        return "" if name == "orig" else " " + " ".join(words)
 
-    z = model.encoder(x)[0]
-    for key, expected in (
-        ("orig", nats(z, x)),
-        ("flip_ud", nats(z @ L2, ud)),
-        ("flip_lr+flip_ud", nats(z @ L1 @ L2, both)),
-    ):
-        assert result[key] == pytest.approx(expected, rel=1e-4), key
-    assert result["direct"]["flip_ud"] == pytest.approx(nats(model.encoder(ud)[0], ud), rel=1e-4)
-    undone = model.encoder(both)[0] @ torch.linalg.inv(L1 @ L2)
-    assert result["any_to_any"]["flip_lr+flip_ud"]["orig"] == pytest.approx(
-        nats(undone, x), rel=1e-3
-    )
-    assert result["total"] == pytest.approx(sum(result[k] for k in augment.view_names(model.augs)))
-    by_class, y = result["by_class"], few(data)[3]
-    mean = np.mean([by_class[str(label)] for label in y])
-    assert result["probe_accuracy"] == pytest.approx(mean) and len({*by_class.values()}) > 1
-    from_lr = model.encoder(lr)[0] @ torch.linalg.inv(L1)
-    assert result["any_to_any"]["flip_lr"]["flip_ud"] == pytest.approx(
-        nats(from_lr @ L2, ud), rel=1e-4
-    )
-    assert result["any_to_any"]["flip_lr"]["flip_lr"] == pytest.approx(
-        result["direct"]["flip_lr"], rel=1e-4
-    )
+    def nats(logits, view):
+        x, log = torch.from_numpy(view) / 255, torch.nn.functional.logsigmoid
+        bce = -(x * log(logits.double()) + (1 - x) * log(-logits.double()))
+        return bce.sum((1, 2)).mean().item()
 
-
-def test_what_was_never_shown_is_drawn_through_the_maps(data):
-    model = lavae_with(["rotate_cw", "flip_lr"], filters=2)
-    x, (L1, L2) = data[2][:500], (latent_map.L for latent_map in model.maps)
-    result = evaluate.measure(model, few(data))
-    z, elements = model.encode(x), result["elements"]
-    reverse = augment.rotate_cw(augment.flip_lr(x))  # L2 comes first, so the flip does, too
-    expected = evaluate.nats(model.decoder, z @ L2 @ L1, reverse)
-    assert result["reverse"] == pytest.approx(expected, rel=1e-5)
-    view = np.rot90(x, -3, (1, 2))[:, :, ::-1].copy()
-    through_maps, plain = (
-        evaluate.nats(model.decoder, z_v, view) for z_v in (z @ L1 @ L1 @ L1 @ L2, z)
-    )
-    assert elements["rotate_cw^3+flip_lr"] == pytest.approx(through_maps, rel=1e-5)
-    assert through_maps != pytest.approx(plain, rel=1e-4)
-
-
-def test_parts_cost_what_the_formulas_say(digits):
-    model = lavae_with(["rotate_cw"], latent_dim=4, filters=2)
-    L = torch.block_diag(QUARTER, QUARTER)
-    z, true = model.encode(digits), augment.rotate_30(digits, 135)
-    c = math.sqrt(0.5)
-    turn = torch.block_diag(*[torch.tensor([[-c, c], [-c, -c]])] * 2)  # by 135 degrees
-    found = evaluate.parts(model, "rotate_cw", L, digits)
-    for name, z_t in (
-        ("power", z @ turn),
-        ("blend", 1.5 * z @ L - 0.5 * z),
-        ("direct", model.encode(true)),
-        ("not moved", z),
-    ):
-        expected = evaluate.nats(model.decoder, z_t, true)
-        assert found[1.5][name] == pytest.approx(expected, rel=1e-5), name
+    found, views = {}, augment.view_names(augs)
+    for name in (*views, "flip_lr+rotate_cw"):
+        column = "reverse" if name == "flip_lr+rotate_cw" else name
+        logits = computed(f"D(E(x){product(name)})", x=x, **names)
+        found[evaluate.TABLE_1, "LAVAE", column] = nats(logits, truth(x, name))
+    for name, to in ((v, w) for v in views for w in views):
+        back = f"({product(name).strip()})^-1" if name != "orig" else ""
+        logits = computed(
+            f"D(E(v) {back}{product(to)})".replace("  ", " "), v=truth(x, name), **names
+        )
+        found[evaluate.ANY, f"from {name}", to] = nats(logits, truth(x, to))
+    for name in views:
+        logits = computed("D(E(v))", v=truth(x, name), **names)
+        found[evaluate.ANY, "direct", name] = nats(logits, truth(x, name))
+    for name in tables[evaluate.GROUP]:
+        logits = computed(f"D(E(x){product(name)})", x=x, **names)
+        found[evaluate.GROUP, name, "nats"] = nats(logits, truth(x, name))
+    for t in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+        true, z = augment.rotate_30(x, 90 * t), E(x)
+        power = torch.from_numpy(linalg.fractional_matrix_power(L1.double(), t).real).float()
+        latents = {"blend": (1 - t) * z + t * z @ L1, "direct": E(true), "not moved": z}
+        latents |= {"L^t": z @ power} if t in (1, 2) else {}  # others are tested elsewhere
+        for name, z_t in latents.items():
+            place = "rotate_cw to the power t, nats", f"t = {t}", name
+            found[place] = nats(model.decoder(z_t), true)
+    for v, name in enumerate(("orig", "B1", "B2", "B1+B2")):
+        logits = computed(f"D_B(E(x){product(views[v])})", x=x, **names)
+        found[evaluate.TRANSFER, "shear_x+canny", name] = nats(logits, augment.all_views(x, B)[v])
+    for (title, row, column), expected in found.items():
+        ours = tables[title][row][column]
+        assert ours == pytest.approx(expected, rel=1e-3), (title, row, column)
+    for title in (evaluate.TABLE_1, evaluate.ANY, evaluate.TRANSFER):
+        for row in tables[title].values():
+            assert row["total"] == pytest.approx(sum([*row.values()][:4]))
+    assert len(tables[evaluate.GROUP]) == 8
+    to_view = model.to_view
+    (given,) = trained_on
+    for v, z in enumerate(given):
+        assert torch.allclose(z, to_view(E(images[0]), v), atol=1e-3)
+    correct = [(probe(to_view(E(x), v)).argmax(1) == v).numpy() for v in range(4)]
+    for name in range(10):
+        share = 100 * np.mean([right[images[3] == name] for right in correct])
+        assert tables[evaluate.PROBE][str(name)]["accuracy"] == pytest.approx(share)
+    share = np.mean(correct)
+    assert tables[evaluate.PROBE]["all"]["accuracy"] == pytest.approx(100 * share)
+    row = tables[evaluate.TRANSFER]["shear_x+canny"]
+    heads = zip(augment.all_views(x, B), range(4))
+    bces = [
+        evaluate.decoded(model.heads["shear_x+canny"], to_view(E(x), v), view)[2]
+        for view, v in heads
+    ]
+    bces, correct = np.stack(bces), np.stack(correct)
+    assert row["named rightly"] == pytest.approx(bces[correct].mean(), rel=1e-4)
+    assert row["named wrongly"] == pytest.approx(bces[~correct].mean(), rel=1e-4)
+    assert row["named rightly"] != pytest.approx(row["named wrongly"], rel=1e-2)
 
 
 def cloud_of(run, digits):
@@ -1411,9 +1367,6 @@ def test_a_picture_becomes_like_mnist(tmp_path):
         assert abs(mass @ np.arange(28) / mass.sum() - 14) <= 0.5
     Image.fromarray(255 - page).save(path)
     assert np.array_equal(augment.like_mnist(path), x)  # light on dark
-    page16 = Image.fromarray(page.astype(np.uint16) * 257)
-    page16.save(path)
-    assert np.abs(augment.like_mnist(path).astype(int) - x).max() <= 1
     clear = np.zeros((300, 500, 4), np.uint8)
     for colour in (0, 255):  # the ink opaque, the rest clear
         clear[..., :3], clear[..., 3] = colour, 255 * (page < 100)
@@ -1472,7 +1425,7 @@ def test_several_pictures_are_rows_of_one_page(one, tmp_path):
         x = augment.like_mnist(path)[None]
         assert np.array_equal(pictures[0], x[0])
         assert np.array_equal(pictures[2], augment.flip_lr(x)[0])
-        assert near(pictures[1], drawn(one.model.decoder, one.model.encode(x))[0])
+        assert near(pictures[1], drawn_by(one.model.decoder, one.model.encode(x))[0])
 
 
 def test_pictures_that_are_none(run, tmp_path):
@@ -1704,7 +1657,7 @@ REFUSED = """--augs flip_lr flop|flop, flip_ud, canny
 --model gan|gan, cvae-paired
 --dataset letters|letters, --dataset
 --data-dir nowhere|there is no mnist, check --dataset, --data-dir
---device cuda|'cuda', cpu"""
+--device cuda|no cuda, cpu"""
 
 
 @pytest.mark.parametrize("line", REFUSED.splitlines())
@@ -1744,7 +1697,7 @@ def test_data_of_ones_own(kind, classes, data, no_figures, tmp_path, monkeypatch
     path, out = own_data(tmp_path / "own.npz", data, kind, classes, **changes), tmp_path / "run"
     words = f"--epochs 1 --dataset {path}"
     small(out, f"{words} --no-transfer")
-    total = evaluated(out)["total"]
+    total = drawn_row(evaluated(out))["total"]
     text = capsys.readouterr().out
     assert "  paper" not in text and "own.npz" in text
     digit = f"{words} --model cvae --condition both"
@@ -1752,12 +1705,12 @@ def test_data_of_ones_own(kind, classes, data, no_figures, tmp_path, monkeypatch
         refused(train.main, asked(tmp_path / "cvae", digit), "--condition both", "no labels")
     else:
         assert small(tmp_path / "cvae", digit).classes == classes
-        assert evaluated(tmp_path / "cvae")["total"] > 0
+        assert drawn_row(evaluated(tmp_path / "cvae"))["total"] > 0
     (tmp_path / "moved").mkdir()
     os.rename(path, tmp_path / "moved" / "own.npz")
     refused(evaluate.main, [out], "own.npz", "--data-dir")
     evaluate.main([str(out), "--data-dir", str(tmp_path / "moved")])
-    assert json_of(out / "evaluation.json")["total"] == total
+    assert drawn_row(json_of(out / "evaluation.json")["tables"])["total"] == total
 
 
 def test_data_of_ones_own_that_is_none(data, tmp_path):
@@ -1851,11 +1804,16 @@ def strange_checkpoints(path, trace):
             return (Path(trace).touch, ())
 
     good = lavae.read(path)
-    yield from ({1: 2}, {"weight": torch.ones(3)}, [1], {"x": Code()})
-    for key in ("class", "arguments", "settings", "tensors"):
-        yield {k: v for k, v in good.items() if k != key}
-    for key, value in (("latent_dim", 17), ("latent_map", "os"), ("more", 1)):
-        yield good | {"arguments": good["arguments"] | {key: value}}
+    yield from (
+        {1: 2},
+        {"weight": torch.ones(3)},
+        [1],
+        {"x": Code()},
+        {"settings": good["settings"]},
+    )
+    yield {"tensors": good["tensors"]}
+    for key, value in (("latent_dim", 17), ("latent_map", "os"), ("augs", 1)):
+        yield good | {"settings": good["settings"] | {key: value}}
     yield good | {"tensors": good["tensors"] | {"encoder.conv1.bias": torch.zeros(9)}}
 
 
@@ -1892,29 +1850,14 @@ def test_files_of_others_are_kept(name, tmp_path):
     refused(evaluate.main, [""], "empty path")
 
 
-@pytest.mark.parametrize("name", ["measure", "sampling", "fig5_recursion"])
+@pytest.mark.parametrize("name", ["measure", "sampling", "fig5_recursion", "fig10_projections"])
 def test_sorted_data_are_seen_evenly(name, one, monkeypatch):
-    """Of 30,000 black images and 10,000 white ones after them, no figure sees the first alone."""
-    x, seen = np.zeros((40_000, 28, 28), np.uint8), []
-    x[30_000:] = 255
-    test = x[::40]
-    one.data = x, None, test, None
-    whole = LAVAE.encode
-
-    def encode(self, images):
-        seen.append(images.mean())
-        return whole(self, images[:50])
-
-    monkeypatch.setattr(LAVAE, "encode", encode)
-    monkeypatch.setattr(evaluate, "decoded", lambda *_: ([], torch.zeros(50)))
-    monkeypatch.setattr(evaluate, "score", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(evaluate, "nats", lambda *_: 0.0)
-    if name == "measure":
-        evaluate.measure(one.model, one.data)
-    else:
-        evaluate.FIGURES[name](one)
-    assert any(abs(mean - 255 / 4) < 1 for mean in seen), seen
-    assert len(augment.evenly(test, 5000)) == 1000
+    """Where a part of the images is enough, it is one at equal distances."""
+    assert augment.evenly(np.arange(1001), 11).tolist() == [*range(0, 1001, 100)]
+    assert len(augment.evenly(np.arange(40), 100)) == 40
+    monkeypatch.setattr(evaluate, "evenly", failing(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        getattr(evaluate, name)(one)
 
 
 @pytest.mark.parametrize("classes", [1, 3, 12])
@@ -1924,8 +1867,7 @@ def test_any_number_of_classes(classes, data, trained, tmp_path, monkeypatch):
     labels = np.arange(60) % classes * 5
     path = own_data(tmp_path / "own.npz", data, n=60, y_train=labels, y_test=labels)
     out = shutil.copytree(trained(""), tmp_path / "run")
-    options = evaluate.parser_of().parse_args([])
-    run = evaluate.run_of(out, lavae.load(out), augment.load_npz(path), options)
+    run = evaluate.Run(out, lavae.load(out), augment.load_npz(path))
     assert [*run.columns] == [str(label) for label in np.unique(labels)[:10]]
     torch.set_default_dtype(torch.float64)
     try:
@@ -1941,8 +1883,6 @@ def test_arrays_that_are_no_images(run, digits):
         for encode in (model.encode, cvae.encode):
             with pytest.raises(ValueError, match="uint8"):
                 encode(wrong)
-    with pytest.raises(TypeError, match="uint8"):
-        augment.flip_lr(digits[:3] / 255)
 
 
 @pytest.mark.parametrize("word", ["latent_map", "head", "entry", "condition"])
@@ -1989,7 +1929,7 @@ def test_bugs_keep_their_traceback(run, tmp_path, no_figures, monkeypatch):
 
 def test_a_module_that_was_loaded_again(run, data):
     load_again = runpy.run_path(str(HERE / "lavae.py"))["load"]
-    assert evaluate.measure(load_again(run[0]), few(data))["group"]
+    assert evaluate.ANY in measured(load_again(run[0]), few(data))
     assert np.isfinite(evaluate.tsne(np.ones((50, 3)), steps=5)).all()
 
 
@@ -2126,7 +2066,7 @@ def test_a_gated_head_learns_at_half_the_learning_rate(head, peak, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *given: rates.append(given[5]))
     run = options("--filters", "1", "--lr", "0.002", "--head", head)
     z, images = torch.zeros(4, 9, 16), torch.zeros(4, 9, 28, 28, dtype=torch.uint8)
-    train.stage3(train.build(run), "shear_x+canny", z, images, run)
+    train.stage3(lavae.build(vars(run)), "shear_x+canny", z, images, run)
     assert rates == [peak]
 
 
@@ -2138,7 +2078,7 @@ def test_the_seed_decides_weights_noise_and_order(small_data, tmp_path, monkeypa
                 lavae, "sample", lambda *given: seeds.add(given[2].initial_seed()) or sample(*given)
             )
             small(tmp_path / str(seed), f"--seed {seed}")
-        batches = train.Batches(9, 1, options("--seed", str(seed)))
+        batches = train.Batches(9, 1, seed)
         seeds |= {torch.initial_seed(), batches.shuffle.initial_seed()}
     assert len(seeds) == 6
 
@@ -2170,27 +2110,13 @@ def test_stages_on_a_device_without_numbers(words, monkeypatch):
     monkeypatch.setattr(train, "summary", lambda names, *_: dict.fromkeys(names, 0.0))
     words += " --filters 2 --epochs 1 --transfer-epochs 1"
     run, meta = options(*words.split()), torch.device("meta")
-    model, n = train.build(run).to(meta), 2 ** len(run.augs)
+    model, n = lavae.build(vars(run)).to(meta), 2 ** len(run.augs)
     images = torch.zeros(n, 80, 28, 28, dtype=torch.uint8, device=meta)
     train.stage1(model, images, images[0, :, 0, 0].long(), run)
     for names in run.transfer:
         train.stage3(model, "+".join(names), torch.zeros(n, 80, 16, device=meta), images, run)
     trained = [*model.encoder.parameters(), *model.decoder.parameters()]
     assert all(p.grad is not None for p in trained)
-
-
-def test_a_device_that_computes_wrongly_is_not_trusted(monkeypatch, capsys):
-    right, wrong = train.gradients_on(CPU), torch.device("mps")
-    monkeypatch.setattr(lavae, "pick_device", lambda name="auto": wrong)
-    for factor, trusted in ((1.001, True), (1.1, False), (math.nan, False)):
-        results = {"cpu": right, "mps": [right[0] * factor, *right[1:]]}
-        monkeypatch.setattr(train, "gradients_on", lambda device, r=results: r[device.type])
-        assert (train.check_device("auto") == wrong) == trusted
-    assert "the CPU is taken" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--device cpu"):
-        train.check_device("mps")
-    monkeypatch.setattr(train, "gradients_on", failing(NotImplementedError("aten::what\nmore")))
-    assert train.check_device("auto") == CPU and "aten::what" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_a_run_is_kept(trained, small_data, tmp_path, capsys):
@@ -2274,53 +2200,54 @@ def test_runs_are_put_together(trained, no_figures, small_data, tmp_path, capsys
     kinds |= {"e": "--model vae", "f": "--augs rotate_cw flip_lr", "g": "--model cvae --lr 0.01"}
     runs = [shutil.copytree(trained(words), tmp_path / key) for key, words in kinds.items()]
     capsys.readouterr()
-    result = evaluated(*runs)
+    evaluated(*runs)
     text = capsys.readouterr().out
-    tables = text.split("Table I, ")[1:]
+    tables = re.findall(r"^Table I, nats.*?\n\n", text, re.M | re.S)[:2]
     heads = [re.findall(r"^(LAVAE|CVAE[^/]*|VAE[^/]*)  /", one, re.M) for one in tables]
-    first = [row.strip() for row in heads[0][: len(heads[0]) // 2]]
+    first = [row.strip() for row in heads[0]]
     labels = ["LAVAE", "CVAE, naive, told the view", "CVAE, paired", "VAE of originals"]
-    assert first == labels and len(tables) == 4  # the other seed, pair and rate have their own
-    for word in ("297.10", "989.90", "596.69", "564.09", "2 seeds", "measuring", "by class"):
+    assert {*first} == {*labels} and len(tables) == 2  # the other pair has its own
+    for word in ("297.10", "989.90", "596.69", "564.09", "2 seeds", "measuring", "a probe names"):
         assert word in text, word
-    totals = [json_of(out / "evaluation.json")["total"] for out in runs[:2]]
+    results = [json_of(out / "evaluation.json")["tables"] for out in runs[:2]]
+    totals = [drawn_row(one)["total"] for one in results]
     assert f"{np.mean(totals):.2f} +- {np.std(totals, ddof=1):.2f}" in text
-    assert text.count("2 seeds") == 1
+    assert text.count("Table I, nats an image, 2 seeds") == 1
     rows = json_of(tmp_path / "heatmap.json")
     assert rows["flip_lr+flip_ud"]["flip_lr+flip_ud"] == [np.mean(totals), 297.1]
-    target = result["transfer"]["shear_x+canny"]
-    other = json_of(runs[1] / "evaluation.json")["transfer"]["shear_x+canny"]["total"]
-    mean = pytest.approx((target["total"] + other) / 2)
-    assert rows["flip_lr+flip_ud"]["shear_x+canny"] == [mean, 564.09]
-    accuracy, right, wrong = (
-        result["probe_accuracy"],
-        target["correctly_classified"] or 0,
-        target["wrongly_classified"] or 0,
-    )
-    assert 4 * (accuracy * right + (1 - accuracy) * wrong) == pytest.approx(target["total"])
+    heads = [one[evaluate.TRANSFER]["shear_x+canny"]["total"] for one in results]
+    assert rows["flip_lr+flip_ud"]["shear_x+canny"] == [np.mean(heads), 564.09]
     assert (tmp_path / "heatmap.png").is_file()
 
 
 def test_cells_of_the_heat_map_and_their_colours():
     def one(total, other):
-        transfer = {"shear_x+canny": {"total": other}}
-        return {"total": total, "probe_accuracy": 0.9, "transfer": transfer}
+        tables = {evaluate.TABLE_1: {"LAVAE": {"total": total}}}
+        tables[evaluate.TRANSFER] = {"shear_x+canny": {"total": other}}
+        return tables | {evaluate.PROBE: {"all": {"accuracy": 90}}}
 
-    results = {
-        "flip_lr+flip_ud": [one(300, 460), one(302, 466)],
-        "rotate_cw+flip_lr": [one(1, 900)],
-    }
+    flips, turns = PAIRS[0], PAIRS[2]
+    results = [(flips, one(300, 460)), (flips, one(302, 466)), (turns, one(1, 900))]
     rows = evaluate.heatmap_rows("mnist", results)
-    assert rows["flip_lr+flip_ud"]["shear_x+canny"] == (463, 564.09)
-    assert rows["rotate_cw+flip_lr"]["rotate_cw+flip_lr"] == (1, 329.20)
+    assert rows[flips] == {
+        "shear_x+canny": (463, 564.09),
+        flips: (301, 297.10),
+        "probe accuracy, %": (90, None),
+    }
+    assert rows[turns][turns] == (1, 329.20)
+    assert evaluate.heatmap_rows("kmnist", results)[flips]["shear_x+canny"] == (463, None)
     page = np.asarray(evaluate.heatmap(rows)).astype(int)
-    blue = (page[..., 2] == 255) & (page[..., 0] < 250) & (page[..., 0] == page[..., 1])
-    red = (page[..., 0] == 255) & (page[..., 2] < 250) & (page[..., 1] == page[..., 2])
-    assert min(blue.sum(), red.sum()) > 20_000  # two cells of either colour
-    assert evaluate.heatmap_rows("kmnist", results)["flip_lr+flip_ud"]["shear_x+canny"] == (
-        463,
-        None,
-    )
+    columns = (np.ptp(page, 2) > 1).any(0)  # of coloured cells: flips, turns, shear_x+canny
+    edges = np.flatnonzero(np.diff(columns.astype(int)))
+    first, second, third = (page[:, a + 1 : b] for a, b in zip(edges[::2], edges[1::2]))
+    colours = [
+        [part[at, 3] for at in range(len(part)) if np.ptp(part[at, 3]) > 1]
+        for part in (first, second, third)
+    ]
+    assert all(r > b for r, _, b in colours[0])  # 301 of 297
+    assert all(b > r for r, _, b in colours[1])  # 1 of 329
+    signs = [bool(r > b) for r, _, b in colours[2]]
+    assert signs == sorted(signs) and len({*signs}) == 2  # 463 of 564, below it 900 of 491
 
 
 def test_the_papers_numbers_are_mnists(no_figures, small_data, tmp_path, capsys):
@@ -2360,7 +2287,7 @@ def tiles(rows):
     return found
 
 
-def drawn(decoder, z):
+def drawn_by(decoder, z):
     return np.rint(255 * decoder(z).sigmoid().numpy()).astype(np.uint8)
 
 
@@ -2377,37 +2304,72 @@ def formulas(one, x=None):
     return {"": z, " L1": z @ L1, " L2": z @ L2, " L1 L2": z @ L1 @ L2, " L2 L1": z @ L2 @ L1}
 
 
-def test_figure_3_draws_each_view(one):
-    _, columns, rows, _ = evaluate.fig3_views(one)
-    found, images = tiles(rows), augment.all_views(one.digits, one.augs)
-    assert columns == [*"0123456789"] and len(found) == 10
-    for name, image in zip(one.names, images):
-        assert np.array_equal(found[name], image)
-    for L, z in formulas(one).items():
-        label = f"D(E(x){L})"
-        assert near(found[label], drawn(one.model.decoder, z)), label
-
-
-def test_figure_4_goes_back(one):
-    _, _, rows, _ = evaluate.fig4_inverses(one)
-    found, (L1, L2) = tiles(rows), (f.L for f in one.model.maps)
-    for (name, image), L, label in zip(
-        [*zip(one.names, augment.all_views(one.digits, one.augs))][1:],
-        (L1, L2, L1 @ L2),
-        ("L1^-1", "L2^-1", "(L1 L2)^-1"),
+@pytest.mark.parametrize("augs", ["flip_lr flip_ud", "rotate_cw flip_lr"])
+def test_each_row_shows_what_its_label_says(augs, data, figure_data, tmp_path):
+    model = lavae_with(augs.split(), transfers=[["shear_x", "canny"]])
+    one = run_of(tmp_path, model, few(data))
+    x, names = one.digits, names_of(model)
+    z, t = names["E"](x), torch.linspace(0, 1, 10)[:, None]
+    far = names["E"](one.data[0])
+    low, high = far.min(0).values, far.max(0).values
+    share = torch.from_numpy(np.random.default_rng(0).random((10, 16), np.float32))
+    seen = []
+    for figure, start in (
+        (evaluate.fig3_views, None),
+        (evaluate.fig4_inverses, None),
+        (lambda one: evaluate.fig5_recursion(one)[0][0], None),
+        (lambda one: evaluate.fig6_transfer(one)[0][0], None),
+        (evaluate.sampling, low + share * (high - low)),
+        (evaluate.interpolation, (1 - t) * z[2] + t * z[7]),
     ):
-        z = one.model.encoder(torch.from_numpy(image) / 255)[0] @ torch.linalg.inv(L)
-        assert np.array_equal(found[f"v = {name}"], image)
-        assert near(found[f"D(E(v) {label})"], drawn(one.model.decoder, z))
+        _, _, rows, *_ = figure(one)
+        known = {"x": x, "z": start}
+        for label, pictures in filter(None, rows):
+            name, _, formula = label.rpartition(" = ")
+            if "D" in formula:
+                expected = np.rint(255 * computed(formula, **known, **names).sigmoid().numpy())
+            else:
+                expected = x if formula == "x" else truth(x, formula)
+            assert near(pictures, expected), label
+            known[name or "x"] = pictures if name else x
+            seen.append(label)
+    assert len(seen) > 40
+
+
+def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_path):
+    """A column's head and a row's label, together, are the formula."""
+    quarters = torch.block_diag(QUARTER, QUARTER, QUARTER)
+    model = lavae_with(["rotate_cw", "flip_lr"], quarters, torch.diag(torch.tensor([1.0, -1] * 3)))
+    one = run_of(tmp_path, model, few(data))
+    names, z = names_of(model), names_of(model)["E"](one.digits)
+    _, heads, rows, *_ = evaluate.group_elements(one)
+    found = tiles(rows)
+    assert len(heads) == 8 and heads[0] == "I" and heads[-1] == "L1^3\nL2 *"
+    for k, head in enumerate(heads):
+        product = head.removesuffix(" *").replace("\n", " ")
+        formula = "D(z)" if product == "I" else f"D(z {product})"
+        drawn = np.rint(255 * computed(formula, z=z, **names).sigmoid().numpy())
+        name = product.replace("L1", "rotate_cw").replace("L2", "flip_lr").replace(" ", "+")
+        true = truth(one.digits, "orig" if product == "I" else name)
+        for digit in (2, 8):
+            assert np.array_equal(found[f"{digit}: true"][k], true[digit]), head
+            assert near(found[f"{digit}: drawn"][k], drawn[digit]), head
+    _, heads, rows, *_ = evaluate.partial_augmentation(one)
+    found = tiles(rows)
+    for k, t in enumerate(map(float, heads)):
+        c, s = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
+        turn = torch.block_diag(*[torch.tensor([[c, s], [-s, c]])] * 3)
+        assert np.array_equal(found["4: true"][k], augment.rotate_30(one.digits, 90 * t)[4])
+        for word, z_t in (("L^t", z @ turn), ("(1 - t) I + t L", (1 - t) * z + t * z @ quarters)):
+            assert near(found[f"4: {word}"][k], drawn_by(model.decoder, z_t)[4]), (word, t)
+    _, (panels,), side, _ = evaluate.eigenvalues(one)
+    assert panels[0][0] == "rotate_cw: 6 at ±90°" and panels[1][0] == "flip_lr: 3 at 0°, 3 at 180°"
+    assert np.allclose(np.abs(panels[0][1][1][1]), [[0, 1]] * 6, atol=1e-6)
 
 
 def test_figure_5_goes_round(one):
-    (((_, columns, rows, _), (_, panels, named)),) = evaluate.fig5_recursion(one)
-    x, path = one.digits, [formulas(one)[""]]
-    for k in range(1, 8):
-        x = drawn(one.model.decoder, path[-1] @ one.model.maps[0].L)
-        assert near(rows[k][1], x), k
-        path.append(formulas(one, rows[k][1])[""])
+    (((_, _, rows, _), (_, panels, named)),) = evaluate.fig5_recursion(one)
+    path = torch.stack([one.model.encode(pictures) for _, pictures in rows])
     series = panels[0][0][1]
     assert [style for *_, style in series] == ["dots"] * 4 + ["path"] * 2
     assert [len(points) for _, points, _ in series] == [400] * 4 + [8] * 2
@@ -2416,21 +2378,11 @@ def test_figure_5_goes_round(one):
     assert [label for label, *_ in series[4:]] == words
 
 
-def test_figure_6_draws_with_the_head(one):
-    _, _, rows, _ = evaluate.fig6_transfer(one)["fig6_shear_x+canny"]
-    found, head = tiles(rows), one.model.heads["shear_x+canny"]
-    images = augment.all_views(one.digits, ["shear_x", "canny"])
-    for name, image in zip(augment.view_names(["shear_x", "canny"]), images):
-        assert np.array_equal(found[name], image)
-    for L, z in [*formulas(one).items()][:4]:
-        assert near(found[f"D_B(E(x){L})"], drawn(head, z)), L
-
-
 @pytest.mark.parametrize("kind", ["cvae", "cvae --condition digit", "cvae-paired"])
 def test_figures_8_and_9_draw_cvaes(kind, one, trained, small_data):
     digits, n = one.digits, len(one.digits)
     model = lavae.load(trained(f"--model {kind}"))
-    other = evaluate.Run(one.folder, model, one.data, digits, one.labels, one.columns)
+    other = evaluate.Run(one.folder, model, one.data)
     other.peers, views = [one], [*formulas(one).values()]
     conditions = torch.eye(10) if "digit" in kind else model.view_conditions
     own = {"cvae": conditions[[0] * n], "cvae-paired": 0 * conditions[[0] * n]}  # of originals
@@ -2439,10 +2391,10 @@ def test_figures_8_and_9_draw_cvaes(kind, one, trained, small_data):
     rows = [row for row in figure(other)[2] if row]
     step = {"cvae": 2, "cvae-paired": 3}.get(kind, 1)
     for v, condition in enumerate(conditions):
-        expected = drawn(model.decoder, torch.cat([z, condition.expand(n, -1)], 1))
+        expected = drawn_by(model.decoder, torch.cat([z, condition.expand(n, -1)], 1))
         assert near(rows[v * step + 1][1], expected), v
         if step == 3:
-            assert near(rows[v * step + 2][1], drawn(one.model.decoder, views[v]))
+            assert near(rows[v * step + 2][1], drawn_by(one.model.decoder, views[v]))
 
 
 def test_figure_10_projects_what_it_says(one, monkeypatch):
@@ -2461,66 +2413,14 @@ def test_figure_10_projects_what_it_says(one, monkeypatch):
     assert np.array_equal(panels[1][2][1][3][1], seen[5][150:, :2])
 
 
-def test_sampling_and_interpolation(one):
-    z = formulas(one, one.data[0])[""]
-    low, high = z.min(0).values, z.max(0).values
-    share = torch.from_numpy(np.random.default_rng(0).random((10, 16), np.float32))
-    L1, L2 = (f.L for f in one.model.maps)
-    t = torch.linspace(0, 1, 10)[:, None]
-    two, seven = formulas(one)[""][[2, 7]]
-    for figure, start in (
-        (evaluate.sampling, low + share * (high - low)),
-        (evaluate.interpolation, (1 - t) * two + t * seven),
-    ):
-        found = tiles(figure(one)[2])
-        for L, M in (("", torch.eye(16)), (" L1", L1), (" L1 L2", L1 @ L2), (" L2 L1", L2 @ L1)):
-            assert near(found[f"D(z{L})"], drawn(one.model.decoder, start @ M)), L
-
-
-def test_group_elements_and_eigenvalues(data, figure_data, tmp_path):
-    model = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4)
-    model.maps[0].L.copy_(torch.block_diag(QUARTER, QUARTER))
-    for p in [*model.encoder.parameters(), *model.decoder.parameters()]:
-        p.mul_(4)  # so that other latents are other pictures
-    two = run_of(tmp_path, model, few(data))
-    (name, true), (label, _) = evaluate.fig3_views(two)[2][-2:]  # the turn comes last
-    assert (name, label) == ("flip_lr+rotate_cw", "D(E(x) L2 L1)")
-    assert np.array_equal(true, augment.rotate_cw(augment.flip_lr(two.digits)))
-    _, heads, rows, *_ = evaluate.group_elements(two)
-    found, z, (L1, L2) = tiles(rows), model.encode(two.digits), (f.L for f in model.maps)
-    assert len(found) == 8 and heads[1] == "L1" and heads[-1] == "L1^3\nL2 *"
-    assert near(found["4: drawn"][-1], drawn(model.decoder, z @ L1 @ L1 @ L1 @ L2)[4])
-    turned = augment.flip_lr(np.rot90(two.digits, -3, (1, 2)))
-    assert np.array_equal(found["4: true"][-1], turned[4])
-    _, (panels,), side, _ = evaluate.eigenvalues(two)
-    assert panels[0][0] == "rotate_cw: 4 at ±90°"
-    values = np.array(sorted(panels[0][1][1][1].tolist()))
-    assert np.allclose(np.abs(values), [[0, 1]] * 4, atol=1e-6)
-
-
-@pytest.mark.parametrize("aug, most", [("flip_lr", 1), ("rotate_30", 2)])
-def test_parts_of_a_flip_and_of_a_turn(aug, most, one):
-    one.augs = [aug]
-    _, _, rows, *_ = evaluate.partial_augmentation(one)
-    z, L = formulas(one)[""], one.model.maps[0].L
-    found = tiles(rows)
-    for k, t in enumerate(np.linspace(0, most, 9)):
-        if most == 2:
-            assert np.array_equal(found["2: true"][k], augment.rotate_30(one.digits, 30 * t)[2])
-        power = drawn(one.model.decoder, z @ lavae.matrix_power(L, t))
-        blend = drawn(one.model.decoder, z @ ((1 - t) * torch.eye(16) + t * L).float())
-        assert near(found["2: L^t"][k], power[2]) and near(found["4: L^t"][k], power[4])
-        assert near(found["2: (1 - t) I + t L"][k], blend[2])
-
-
 def test_pictures_of_the_decoder_alone(one):
     decoder, z = one.model.decoder, np.random.default_rng(0).standard_normal((60, 16), np.float32)
     ours = np.concatenate([pictures for _, pictures in evaluate.prior_samples(one)[2]])
-    assert near(ours, drawn(decoder, torch.from_numpy(z)))
+    assert near(ours, drawn_by(decoder, torch.from_numpy(z)))
     found = tiles(evaluate.traversals(one)[2])
     z = formulas(one)[""][2].repeat(9, 1)
     z[:, 4] = torch.linspace(-3, 3, 9)
-    assert len(found) == 16 and near(found["z5"], drawn(decoder, z))
+    assert len(found) == 16 and near(found["z5"], drawn_by(decoder, z))
 
 
 def test_the_latent_plane_and_the_curves(trained, figure_data, small_data, tmp_path):
@@ -2530,7 +2430,7 @@ def test_the_latent_plane_and_the_curves(trained, figure_data, small_data, tmp_p
     _, heads, rows, _ = evaluate.latent_plane(two)
     label, pictures = rows[1]  # the second from the top: z2 is high
     z = torch.tensor([[i / 3, 2.0] for i in range(-7, 8)])
-    assert label == heads[-2] == "2.0" and near(pictures, drawn(model.decoder, z))
+    assert label == heads[-2] == "2.0" and near(pictures, drawn_by(model.decoder, z))
     _, rows, *_ = evaluate.training_curves(two)
     history = json_of(out / "metrics.json")["history"]["stage 1"]
     for (heading, [(_, points, _)]), key in zip(rows[0], ("bce", "kl", "equivariance")):
