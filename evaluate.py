@@ -395,7 +395,7 @@ def print_tables(runs: Sequence[Run]) -> None:
         rows = {}
         for run in runs:
             for label, row in run.tables.get(title, {}).items():
-                rows[f"{label}  {run.folder}"] = row
+                rows[label if "  paper" in label else f"{label}  {run.folder}"] = row
         print_table(title, rows)
 
 

@@ -645,9 +645,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         )
     checkpoint = read(path)
     try:
-        with torch.device("meta"):  # no random weights are drawn for the ones that follow
+        with torch.random.fork_rng():  # its first weights are random: who loads draws no numbers
             model = build(checkpoint["settings"])
-        model.to_empty(device="cpu").load_state_dict(checkpoint["tensors"])
+        model.load_state_dict(checkpoint["tensors"])
     except Exception as error:  # a key or a tensor that is not there, or another one
         raise OSError(f"{path} is of another version of this program: train again") from error
     return channels_last(model.requires_grad_(False).eval().to(device))
