@@ -530,7 +530,7 @@ def titled(title: str, *pictures: Image.Image) -> Image.Image:
 
 def grid(
     title: str,
-    columns: Sequence[str],
+    columns: Sequence[str | float],
     rows: Sequence[tuple[str, np.ndarray] | None],
     cell: int = 84,
 ) -> Image.Image:
@@ -539,7 +539,7 @@ def grid(
     rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
     cell: the side of an image, in pixels.
     """
-    lines = []
+    lines, columns = [], [c if isinstance(c, str) else f"{c:.2f}" for c in columns]
     if any(columns):
         widest = max(text(words).width for words in columns)  # so wide are all columns
         heads = [text(words, least=(widest, 0)) for words in columns]

@@ -102,10 +102,10 @@ class Run:
         data: as `load_images` gives it.
         classes: those of the digits, by number; None for the first ten.
 
-    names: of the views. products: what follows z in the formula of each view, and last in that of
-    the reverse composition, if there are two maps: "", " L1", " L2", " L1 L2", " L2 L1". digits:
-    uint8 (n, 28, 28), one image of each class; labels: their classes; columns: what these are
-    called. Raises Refused: there is no such class, or augment.py lacks an augmentation.
+    names: of the views. words: the numbers of the augmentations in each view, and last in the
+    reverse composition, if there are two maps: (), (0,), (1,), (0, 1), (1, 0). digits: uint8
+    (n, 28, 28), one image of each class; labels: their classes; columns: what these are called.
+    Raises Refused: there is no such class, or augment.py lacks an augmentation.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class Run:
         if self.kind == "cvae":
             self.label += f", told the {self.settings['condition']}"
         self.names = view_names(self.augs)
-        self.letters = [f"L{i}" for i in range(1, len(self.augs) + 1)]
-        self.products = views("", [lambda s, L=L: f"{s} {L}" for L in self.letters])
+        self.letters = [f"L{i + 1}" for i in range(len(self.augs))]
+        self.words = words_of_views(self.augs)
         if len(self.augs) > 1:
-            self.products.append(" " + " ".join(reversed(self.letters)))
+            self.words.append(self.words[-1][::-1])
         self.class_names = CLASSES.get(self.dataset, "").split() or range(1000)
         x, y = data[2:]
         if y is None:  # then ten images stand for all
@@ -146,6 +146,10 @@ class Run:
     def z(self) -> Tensor:
         """The latents of the digits, (n, latent_dim)."""
         return self.model.encode(self.digits, self.labels)
+
+    def mapped(self, z: Tensor, word: Sequence[int]) -> Tensor:
+        """The latents z under the maps of a word, the first one first: z L1 L2 for (0, 1)."""
+        return apply_in_order(z, [self.model.maps[i] for i in word])
 
     def settings_but(self, *names: str) -> dict:
         """The settings without these and without the device."""
@@ -198,6 +202,11 @@ def with_total(row: dict[str, float]) -> dict[str, float]:
     return row | {"total": sum(row.values())}
 
 
+def words_of_views(augs: Sequence[str]) -> list[tuple[int, ...]]:
+    """The numbers of the augmentations in each view: (), (0,), (1,), (0, 1)."""
+    return views((), [lambda word, i=i: (*word, i) for i in range(len(augs))])
+
+
 def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The group that augmentations generate: {"rotate_cw^2+flip_lr": (0, 0, 1), ..}, with the
     numbers of the augmentations in each product, the first one first. It begins with the views.
@@ -216,13 +225,12 @@ def elements(augs: Sequence[str]) -> dict[str, tuple[int, ...]]:
             words.append(word)
             seen.append(image)
 
-    each = range(len(augs))
-    for word in views((), [lambda word, i=i: (*word, i) for i in each]):
+    for word in words_of_views(augs):
         add_if_new(word)
     size = 0
     while size < len(words):  # until no product of an augmentation and an element is new
         size = len(words)
-        for i in each:
+        for i in range(len(augs)):
             for word in words:  # it grows
                 add_if_new((i, *word))
     return {"+".join(written(augs, word)) or "orig": word for word in words}
@@ -308,8 +316,10 @@ def measure(run: Run) -> Tables:
     if not model.maps:
         return tables
     if len(run.augs) > 1:
-        true = all_views(x, run.augs[::-1])[-1]
-        reverse = apply_in_order(latents[0], reversed(model.maps))
+        reverse, true = (
+            run.mapped(latents[0], run.words[-1]),
+            true_picture(x, run.augs, run.words[-1]),
+        )
         tables[TABLE_1][run.label]["reverse"] = nats(model.decoder, reverse, true)
     tables |= costs_of_maps(run, images, latents[0], costs)
 
@@ -342,8 +352,8 @@ def costs_of_maps(
         rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps))
     tables = {ANY: rows | {"direct": each(encoded)}}
     for name, word in elements(run.augs).items():
-        drawn = apply_in_order(z, [model.maps[i] for i in word])
-        cost = costs.get(name) or nats(model.decoder, drawn, true_picture(x, run.augs, word))
+        true = true_picture(x, run.augs, word)
+        cost = costs.get(name) or nats(model.decoder, run.mapped(z, word), true)
         group[name] = {"nats": cost}
     if {*group} - {*costs}:
         tables[GROUP] = group
@@ -564,9 +574,11 @@ def through_maps(
 
     Returns rows of a grid, (formula, pictures). decoder: a head, instead of the first decoder.
     """
-    maps = run.model.maps
-    latents = [*views(z, maps), apply_in_order(z, reversed(maps))]
-    return [(formula.format(L), run.draw(z, decoder)) for L, z in zip(run.products, latents)]
+    rows = []
+    for word in run.words:
+        product = " ".join(["", *written(run.letters, word)])
+        rows.append((formula.format(product), run.draw(run.mapped(z, word), decoder)))
+    return rows
 
 
 def spaced(groups: Iterable[Sequence]) -> list:
@@ -658,7 +670,7 @@ def fig3_views(run):
     drawn = through_maps(run, run.z, "D(E(x){})")
     rows = view_rows(run.augs, run.digits, drawn)
     if len(run.augs) > 1:
-        true = all_views(run.digits, run.augs[::-1])[-1]
+        true = true_picture(run.digits, run.augs, run.words[-1])
         rows += [None, ("+".join(run.augs[::-1]), true), drawn[-1]]
     return grid(f"Augment in latent space: {' and '.join(run.augs)}", run.columns, rows)
 
@@ -673,7 +685,7 @@ def fig4_inverses(run):
     rows = [("orig", run.digits), ("D(E(x))", run.draw(run.z))]
     images = all_views(run.digits, run.augs)
     for v in range(1, len(images)):
-        L = run.products[v].strip()
+        L = " ".join(written(run.letters, run.words[v]))
         inverse = f"({L})^-1" if " " in L else f"{L}^-1"
         back = run.draw(model.from_view(run.model.encode(images[v]), v))
         rows += [None, (f"v = {run.names[v]}", images[v]), (f"D(E(v) {inverse})", back)]
@@ -701,19 +713,19 @@ def fig5_recursion(run):
         clouds[name] = run.model.encode(view)
     for word, i in (("stable", moved.argmin()), ("unstable", moved.argmax())):
         clouds[f"{word} path of {run.columns[i]}"] = path[:, i]
-    series = []
-    for label, points in projected(clouds, fast_ica):
-        series.append((label, points, "dots" if label in run.names else "path"))
+    series = projected(clouds, fast_ica)
     left = grid(f"Again and again: {run.augs[0]}", run.columns, rows, cell=72)
     right = chart("Latents, by ICA. A stable path comes back", [[("", series)]], side=500)
     return table([[left, right]])
 
 
-def projected(clouds: dict[str, Tensor], project: Callable) -> Iterable[tuple]:
-    """Clouds of points (N, d) in one common plane: (label, points (N, 2)) of each."""
-    plane = project(torch.cat([*clouds.values()]).cpu().numpy())
+def projected(clouds: dict[str, Tensor], project: Callable) -> list[tuple]:
+    """Clouds of points (N, d) in one common plane, as the series of a panel."""
+    plane, series = project(torch.cat([*clouds.values()]).numpy()), []
     ends = np.cumsum([len(points) for points in clouds.values()])
-    return zip(clouds, np.split(plane, ends))
+    for label, points in zip(clouds, np.split(plane, ends)):
+        series.append((label, points, "path" if " path of " in label else "dots"))
+    return series
 
 
 @figure
@@ -786,9 +798,8 @@ def fig10_projections(run):
     rows = []
     for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
         rows.append([])
-        for cloud, parts in clouds.items():
-            found = projected(dict(zip(run.names, parts)), project)
-            series = [(label, points, "dots") for label, points in found]
+        for cloud, latents in clouds.items():
+            series = projected(dict(zip(run.names, latents)), project)
             rows[-1].append((f"{cloud}, {name}", series))
     return chart(f"{len(x)} test images, a colour for each view", rows, side=260)
 
@@ -815,10 +826,9 @@ def interpolation(run):
     """
     first, second = run.z[2 % len(run.z)], run.z[7 % len(run.z)]
     t = torch.linspace(0, 1, 10)
-    heads = [f"{v:.2f}" for v in t.tolist()]
-    t = t.to(first)[:, None]
-    rows = through_maps(run, (1 - t) * first + t * second)
-    return grid("Interpolation in latent space, z = (1 - t) E(x) + t E(y)", heads, rows)
+    points = torch.stack([(1 - s) * first + s * second for s in t])
+    title = "Interpolation in latent space, z = (1 - t) E(x) + t E(y)"
+    return grid(title, t.tolist(), through_maps(run, points))
 
 
 # ---------------------------------------------------------------- more figures
@@ -834,12 +844,12 @@ def group_elements(run):
     found = elements(run.augs)
     unseen = {*found} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
-    model, heads, rows = run.model, [], {"true": [], "drawn": []}
+    heads, rows = [], {"true": [], "drawn": []}
     for name, word in found.items():
         mark = " *" if name in unseen else ""
         heads.append("\n".join(written(run.letters, word) or ["I"]) + mark)
         rows["true"].append(true_picture(run.digits, run.augs, word))
-        rows["drawn"].append(run.draw(apply_in_order(run.z, [model.maps[i] for i in word])))
+        rows["drawn"].append(run.draw(run.mapped(run.z, word)))
     title = f"{' and '.join(run.augs)}: all products; * not shown in training"
     return by_digit(run, title, heads, rows)
 
@@ -917,8 +927,7 @@ def traversals(run):
         z = one.repeat(9, 1)
         z[:, i] = steps
         rows.append((f"z{i + 1}", run.draw(z)))
-    heads = [f"{v:.2f}" for v in steps.tolist()]
-    return grid("One number of the latent moved, the others kept", heads, rows, 52)
+    return grid("One number of the latent moved, the others kept", steps.tolist(), rows, 52)
 
 
 @figure
@@ -930,11 +939,10 @@ def latent_plane(run):
     model = run.model
     require(model.latent_dim == 2, f"a run with --latent-dim 2, not {model.latent_dim}")
     at, rows = torch.arange(-7, 8) / 3, []
-    heads = [f"{v:.1f}" for v in at.tolist()]
-    for z2, head in zip(at.flip(0), heads[::-1]):  # from the top down
+    for z2 in at.flip(0):  # from the top down
         z = torch.stack([at, z2.expand(len(at))], 1)
-        rows.append((head, run.draw(z)))
-    return grid("D(z): z1 across, z2 upwards", heads, rows, cell=56)
+        rows.append((f"{z2:.2f}", run.draw(z)))
+    return grid("D(z): z1 across, z2 upwards", at.tolist(), rows, cell=56)
 
 
 @figure
