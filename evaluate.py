@@ -401,11 +401,14 @@ def print_table(title: str, rows: dict[str, dict[str, float | str]]) -> None:
 
 def print_tables(runs: Sequence[Run]) -> None:
     """Print the tables of runs of the same data and the same views, those of one title in one."""
+    folders = ", ".join(str(run.folder) for run in runs)
+    print(f"\n{runs[0].dataset}, {' and '.join(runs[0].augs)}: {folders}")
     for title in dict.fromkeys(title for run in runs for title in run.tables):
         rows = {}
         for run in runs:
             for label, row in run.tables.get(title, {}).items():
-                rows[label if "  paper" in label else f"{label}  {run.folder}"] = row
+                own = len(runs) > 1 and "  paper" not in label
+                rows[f"{label}  {run.folder}" if own else label] = row
         print_table(title, rows)
 
 
@@ -467,14 +470,17 @@ def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
     for source, row in rows.items():
         lines.append([text(source.replace("+", "\n"), 26)])
         for target in targets:
-            ours, paper = row.get(target, (math.nan, None))
-            colour, below = "white", ""
+            if target not in row:
+                lines[-1].append(None)
+                continue
+            (ours, paper), colour = row[target], "white"
+            words = [(f"{ours:.0f}", 44)]
             if paper:
-                below = f"paper {paper:.0f}"
+                words.append((f"paper {paper:.0f}", 26))
                 fade = round(255 - 130 * min(1, abs(2 * math.log(ours / paper))))
                 colour = (255, fade, fade) if ours > paper else (fade, fade, 255)
-            halves = [(f"{ours:.0f}", 44), (below, 26)]
-            cell = [[text(*half, paper=colour, least=(250, 75))] for half in halves]
+            room = (250, 150 // len(words))
+            cell = [[text(*line, paper=colour, least=room)] for line in words]
             lines[-1].append(table(cell, gap=0))
     title = "Trained on a pair (rows), drawn as another (columns): nats, all four views"
     note = "blue: below the paper's, red: above; on the diagonal the decoder of stage 1"
@@ -1113,7 +1119,7 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 def evaluate(runs: Sequence[Run]) -> None:
     """Print all tables, and write evaluation.json and all figures that a run can have."""
     for run in runs:
-        print(f"measuring {run.folder}, {run.dataset}")
+        print(f"measuring {run.folder}")
         run.tables = measure(run)
         content = {"tables": run.tables, "eigenvalues": eigenvalues_of(run.model)}
         (run.folder / "evaluation.json").write_text(json.dumps(content, indent=1))
