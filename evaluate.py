@@ -307,32 +307,35 @@ def measure(run: Run) -> Tables:
     its maps and heads cost."""
     model, (x_train, _, x, y) = run.model, run.data
     images, latents = all_views(x, run.augs), latents_of_views(model, x, y)
-    scores = [score(model.decoder, z, v) for z, v in zip(latents, images)]
-    costs, shares = (dict(zip(run.names, column)) for column in zip(*scores))
-    tables = {TABLE_1: {run.label: with_total(costs)}, IDENTITY: {run.label: shares}}
+    costs, identity = {}, {}
+    for name, z, view in zip(run.names, latents, images):
+        costs[name], identity[name] = score(model.decoder, z, view)
+    tables = {TABLE_1: {run.label: with_total(costs)}, IDENTITY: {run.label: identity}}
     if run.dataset == "mnist" and run.augs == PAIRS[0] and run.label in PAPER_TABLE:
         paper = dict(zip(run.names, PAPER_TABLE[run.label]))
         tables[TABLE_1][f"  paper, {run.label}"] = with_total(paper)
     if not model.maps:
         return tables
     if len(run.augs) > 1:
-        reverse, true = (
-            run.mapped(latents[0], run.words[-1]),
-            true_picture(x, run.augs, run.words[-1]),
-        )
-        tables[TABLE_1][run.label]["reverse"] = nats(model.decoder, reverse, true)
+        tables[TABLE_1][run.label]["reverse"] = cost_of(run, latents[0], run.words[-1])
     tables |= costs_of_maps(run, images, latents[0], costs)
 
     probe = train_probe(views(model.encode(evenly(x_train, 20_000)), model.maps))
     correct = torch.stack([probe(z).argmax(1) == v for v, z in enumerate(latents)])
-    chosen = {"all": slice(None)}
+    right = {"all": correct}
     for c in () if y is None else np.unique(y):
-        chosen[str(run.class_names[c])] = y == c
-    shares = {c: correct[:, which].double().mean().item() for c, which in chosen.items()}
-    tables[PROBE] = {c: {"accuracy": 100 * share} for c, share in shares.items()}
+        right[str(run.class_names[c])] = correct[:, y == c]
+    tables[PROBE] = {c: {"accuracy": 100 * r.double().mean().item()} for c, r in right.items()}
     if model.transfers:
         tables[TRANSFER] = costs_of_heads(run, latents, correct)
     return tables
+
+
+def cost_of(run: Run, z: Tensor, word: Sequence[int]) -> float:
+    """What the test images under a product of augmentations cost, drawn from the latents z of the
+    originals under the product of the maps, nats an image."""
+    true = true_picture(run.data[2], run.augs, word)
+    return nats(run.model.decoder, run.mapped(z, word), true)
 
 
 def costs_of_maps(
@@ -341,7 +344,7 @@ def costs_of_maps(
     """What it costs to go from any view to any, to all products of the augmentations, and to parts
     of one. images: the views of the test images. z: the latents of the originals. costs: what the
     views cost that are drawn from these."""
-    model, x, group = run.model, images[0], {}
+    model, group = run.model, {}
 
     def each(latents):  # every view, each drawn from its latents
         found = map(partial(nats, model.decoder), latents, images)
@@ -352,15 +355,13 @@ def costs_of_maps(
         rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps))
     tables = {ANY: rows | {"direct": each(encoded)}}
     for name, word in elements(run.augs).items():
-        true = true_picture(x, run.augs, word)
-        cost = costs.get(name) or nats(model.decoder, run.mapped(z, word), true)
-        group[name] = {"nats": cost}
+        group[name] = {"nats": costs.get(name) or cost_of(run, z, word)}
     if {*group} - {*costs}:
         tables[GROUP] = group
     for aug, f in zip(run.augs, model.maps):
         if hasattr(f, "L") and aug in PARTS:
-            rows = costs_of_powers(model, aug, f.L, evenly(x, 3000))
-            tables[f"{aug} to the power t, nats"] = rows
+            few = evenly(images[0], 3000)
+            tables[f"{aug} to the power t, nats"] = costs_of_powers(model, aug, f.L, few)
     return tables
 
 
@@ -474,13 +475,13 @@ def heatmap(rows: dict[str, dict[str, tuple]]) -> Image.Image:
                 lines[-1].append(None)
                 continue
             (ours, paper), colour = row[target], "white"
-            words = [(f"{ours:.0f}", 44)]
+            numbers = [(f"{ours:.0f}", 44)]
             if paper:
-                words.append((f"paper {paper:.0f}", 26))
+                numbers.append((f"paper {paper:.0f}", 26))
                 fade = round(255 - 130 * min(1, abs(2 * math.log(ours / paper))))
                 colour = (255, fade, fade) if ours > paper else (fade, fade, 255)
-            room = (250, 150 // len(words))
-            cell = [[text(*line, paper=colour, least=room)] for line in words]
+            room = (250, 150 // len(numbers))
+            cell = [[text(*one, paper=colour, least=room)] for one in numbers]
             lines[-1].append(table(cell, gap=0))
     title = "Trained on a pair (rows), drawn as another (columns): nats, all four views"
     note = "blue: below the paper's, red: above; on the diagonal the decoder of stage 1"
@@ -632,8 +633,8 @@ def panel(side: int, series: Sequence[tuple], colours: dict, axes: bool) -> Imag
     if axes:
         ticks, left, bottom = [round_ticks(top) for top in high], 90, 40
         low, high = np.zeros(2), np.array([values[-1] for values in ticks])
-    page = Image.new("RGB", (left + side, side + bottom), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(20)
+    picture = Image.new("RGB", (left + side, side + bottom), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
 
     def place(points):  # in pixels, y downwards
         share = (np.asarray(points) - low) / np.where(high > low, high - low, 1)
@@ -654,7 +655,7 @@ def panel(side: int, series: Sequence[tuple], colours: dict, axes: bool) -> Imag
         dots += [(radius, rng.random(), x, y, colour) for x, y in at if radius]
     for r, _, x, y, colour in sorted(dots):  # in random order: no series hides another
         pen.ellipse((x - r, y - r, x + r, y + r), colour)
-    return page
+    return picture
 
 
 def round_ticks(top: float) -> np.ndarray:
@@ -878,18 +879,18 @@ def eigenvalues(run):
     At 0° a direction of the latents is kept, at 180° it is reversed. A turn has eigenvalues at
     multiples of its angle. Those inside the circle lose something, and are not counted.
     """
-    found, panels = eigenvalues_of(linear(run)), []
+    panels = []
     turn = np.linspace(0, 2 * math.pi, 200)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
-    for name, values in found.items():
+    for name, values in eigenvalues_of(linear(run)).items():
         points = np.array(values)
         z = points @ [1, 1j]
         angles = np.angle(z[abs(abs(z) - 1) < 0.1], deg=True)  # of those near the circle
         near = 3 * abs(angles / 3).round()  # in steps of three degrees
         counts = zip(*np.unique(near, return_counts=True))
-        words = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
+        found = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
         series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
-        panels.append((f"{name}: {', '.join(words)}", series))
+        panels.append((f"{name}: {', '.join(found)}", series))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
 
 
@@ -1026,13 +1027,13 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
     return missing
 
 
-def captioned(content: Image.Image | str, figure: Callable) -> Image.Image | str:
+def captioned(content: Image.Image | str, f: Callable) -> Image.Image | str:
     """What a figure has returned, and below a picture the second part of the figure's docstring."""
-    words = (inspect.getdoc(figure) or "").partition("\n\n")[2]
-    if not words:
+    caption = (inspect.getdoc(f) or "").partition("\n\n")[2]
+    if not caption:
         return content
-    caption = text(textwrap.fill(words, content.width // 13))
-    return table([[content], [caption], []], "c")
+    lines = text(textwrap.fill(caption, content.width // 13))
+    return table([[content], [lines], []], "c")
 
 
 def own_images(run: Run, paths: Sequence[Path]) -> Image.Image:
