@@ -172,10 +172,12 @@ def decoded(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[Tensor, 
     Returns the logits and the images in [0, 1], both (N, 28, 28), and the BCE of each image in
     nats, float64 (N,).
     """
-    logits = torch.cat([decoder(block) for block in z.split(BLOCK)])
-    x = pixels(torch.as_tensor(images), logits.dtype)
-    bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    return logits, x, bce.flatten(1).sum(1).double()
+    x, logits, bces = pixels(torch.as_tensor(images), z.dtype), [], []
+    for z_block, x_block in zip(z.split(BLOCK), x.split(BLOCK)):
+        logits.append(decoder(z_block))
+        bce = F.binary_cross_entropy_with_logits(logits[-1], x_block, reduction="none")
+        bces.append(bce.flatten(1).sum(1))
+    return torch.cat(logits), x, torch.cat(bces).double()
 
 
 def nats(decoder: nn.Module, z: Tensor, images: np.ndarray) -> float:
@@ -346,14 +348,16 @@ def costs_of_maps(
     views cost that are drawn from these."""
     model, group = run.model, {}
 
-    def each(latents):  # every view, each drawn from its latents
-        found = map(partial(nats, model.decoder), latents, images)
-        return with_total(dict(zip(run.names, found)))
+    def each(latents, known):  # every view, drawn from its latents, if its cost is not known
+        row = {}
+        for name, z_v, view in zip(run.names, latents, images):
+            row[name] = known.get(name) or nats(model.decoder, z_v, view)
+        return with_total(row)
 
     encoded, rows = [z, *map(model.encode, images[1:])], {"from orig": with_total(costs)}
     for v, name in enumerate(run.names[1:], 1):
-        rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps))
-    tables = {ANY: rows | {"direct": each(encoded)}}
+        rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps), {})
+    tables = {ANY: rows | {"direct": each(encoded, {"orig": costs["orig"]})}}
     for name, word in elements(run.augs).items():
         group[name] = {"nats": costs.get(name) or cost_of(run, z, word)}
     if {*group} - {*costs}:
@@ -540,7 +544,9 @@ def tsne(x: np.ndarray, perplexity: float = 30, steps: int = 1000) -> np.ndarray
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(len(x) / 48, 25)
     for step in range(steps):
         early = step < 250
-        t = torch.cdist(y, y).square_().add_(1).reciprocal_().fill_diagonal_(0)
+        squares = y.square().sum(1)
+        away = torch.addmm(1 + squares + squares[:, None], y, y.T, alpha=-2)  # 1 + |y_i - y_j|^2
+        t = away.reciprocal_().fill_diagonal_(0)
         pull = ((12 * P if early else P) - t / t.sum()) * t
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
         gains = torch.where(gradient * velocity > 0, gains * 0.8, gains + 0.2).clamp_(min=0.01)
