@@ -320,7 +320,7 @@ def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
     found = views(_checked(images), [AUGMENTATIONS[a] for a in augs])
     for name, view in zip(view_names(augs), found):
         _expect(_kind(view) == _kind(images), f"{_kind(images)} from {name}", _kind(view))
-    return found
+    return [*map(np.ascontiguousarray, found)]  # an own function may return x[:, ::-1]
 
 
 def true_picture(images: np.ndarray, augs: Sequence[str], word: Sequence[int]) -> np.ndarray:
@@ -402,6 +402,7 @@ def load_npz(path: str | Path) -> tuple:
     for x_key, y_key in (keys[:2], keys[2:]):
         x, y = found.get(x_key), found.get(y_key)
         good = x is not None and x.dtype == np.uint8 and x.shape[1:] == (28, 28) and len(x)
+        good = good and x.max() > 1  # images of 0 and 1 would be black
         given = f"{_kind(x)}; it holds {', '.join(there)}"
         _expect(good, f"{path} to hold images, 0 to 255, uint8 (N, 28, 28), as {x_key}", given)
         if labelled:

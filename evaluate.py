@@ -427,6 +427,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], object]) -> list[list[Run]
 
 def print_means(runs: Sequence[Run]) -> None:
     """Print the tables' means and standard deviations over runs that differ in their seeds."""
+    seeds = ", ".join(str(run.settings["seed"]) for run in runs)
     for title, rows in runs[0].tables.items():
         means = {}
         for label, row in rows.items():
@@ -436,7 +437,7 @@ def print_means(runs: Sequence[Run]) -> None:
                 if None not in values:  # as where a probe names no view wrongly
                     mean, deviation = statistics.mean(values), statistics.stdev(values)
                     means[label][column] = f"{mean:.2f} +- {deviation:.2f}"
-        print_table(f"{title}, {len(runs)} seeds", means)
+        print_table(f"{title}, seeds {seeds}", means)
 
 
 # ---------------------------------------------------------------- the heat-map
@@ -448,20 +449,21 @@ def of_paper(dataset: str, source: str) -> dict[str, float]:
 
 
 def heatmap_rows(
-    dataset: str, results: Iterable[tuple[str, Tables]]
+    dataset: str, results: Iterable[tuple[str, int, Tables]]
 ) -> dict[str, dict[str, tuple]]:
-    """{source: {target: (ours, the paper's or None)}}, totals: means over the tables of a source,
-    whose runs differ in their seeds alone. On the diagonal the first decoder counts."""
+    """{source: {target: (ours, the paper's or None)}}, totals: means over the seeds of a source.
+    results: source, seed and tables of each run. On the diagonal the first decoder counts."""
     numbers, rows = {}, {}
-    for source, tables in results:
+    for source, seed, tables in results:
         found, own = numbers.setdefault(source, {}), next(iter(tables[TABLE_1].values()))
         one = {target: row["total"] for target, row in tables[TRANSFER].items()}
         one |= {source: own["total"], "probe accuracy, %": tables[PROBE]["all"]["accuracy"]}
         for target, number in one.items():
-            found.setdefault(target, []).append(number)
+            found.setdefault(target, {})[seed] = number  # a seed counts once
     for source, found in numbers.items():
         paper = of_paper(dataset, source)
-        rows[source] = {t: (statistics.mean(ours), paper.get(t)) for t, ours in found.items()}
+        means = {target: statistics.mean(seeds.values()) for target, seeds in found.items()}
+        rows[source] = {target: (mean, paper.get(target)) for target, mean in means.items()}
     return rows
 
 
@@ -1135,12 +1137,13 @@ def evaluate(runs: Sequence[Run]) -> None:
         for run in rows:
             draw_figures(run, FIGURES)
     for repeats in grouped(runs, lambda run: run.settings_but("seed")):
-        if len(repeats) > 1:
-            print_means(repeats)
+        by_seed = {run.settings["seed"]: run for run in repeats}  # a seed counts once
+        if len(by_seed) > 1:
+            print_means([*by_seed.values()])
     transferred = [run for run in runs if run.kind == "lavae" and run.model.transfers]
     but = ("seed", "augs", "orders", "transfer")
     for number, sources in enumerate(grouped(transferred, lambda run: run.settings_but(*but))):
-        results = [("+".join(run.augs), run.tables) for run in sources]
+        results = [("+".join(run.augs), run.settings["seed"], run.tables) for run in sources]
         rows = heatmap_rows(sources[0].dataset, results)
         if len(rows) > 1:
             path = sources[0].folder.parent / f"heatmap{number or ''}.png"

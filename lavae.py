@@ -263,6 +263,8 @@ class LAVAE(nn.Module):
 
 def in_blocks(images: Tensor | np.ndarray, encoder: Encoder) -> list[Tensor]:
     """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype."""
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)  # x[:, ::-1] is a view that torch does not take
     images = torch.as_tensor(images, device=encoder.linear.weight.device)
     return [pixels(block, encoder.dtype) for block in images.split(BLOCK)]
 
@@ -419,7 +421,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     Raises ValueError: L has no full set of eigenvectors, like [[1, 1], [0, 1]].
     """
     M, whole = L.cpu().double(), math.floor(t)
-    t -= whole
+    t = t - whole  # not in place: t may be a tensor of the caller
     values, vectors = torch.linalg.eig(M)
     back = torch.linalg.inv_ex(vectors).inverse
     if not torch.allclose((vectors * values @ back).real, M, atol=1e-6):

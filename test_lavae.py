@@ -796,6 +796,11 @@ def test_the_model_in_a_notebook(digits):
     ):
         assert torch.allclose(ours, drawn(label), atol=1e-4)
     assert model.augment(x[:0], "flip_lr").shape == (0, 28, 28)
+    ts = torch.linspace(0, 2, 5)
+    for t in ts:
+        model.power(x, "rotate_cw", t)
+    assert ts.tolist() == [0, 0.5, 1, 1.5, 2]  # no argument is changed
+    assert torch.equal(model.encode(digits[:, ::-1]), model.encode(augment.flip_ud(digits)))
     for view in ("canny", "flip_lr+canny", "rotate_cw^x", "rotate_cw^1.5", "rotate_cw^"):
         with pytest.raises(ValueError):
             model.convert(x, target=view)
@@ -1681,6 +1686,12 @@ def test_data_of_ones_own(kind, classes, data, no_figures, tmp_path, monkeypatch
     assert drawn_row(json_of(out / "evaluation.json")["tables"])["total"] == total
 
 
+def test_a_class_that_only_the_test_set_has(data, tmp_path):
+    path = own_data(tmp_path / "own.npz", data, y_test=np.arange(400) % 11)
+    words = f"--epochs 1 --model cvae --condition digit --dataset {path}"
+    assert small(tmp_path / "run", words).classes == 11
+
+
 def test_data_of_ones_own_that_is_none(data, tmp_path):
     class Code:
         def __reduce__(self):
@@ -1691,6 +1702,7 @@ def test_data_of_ones_own_that_is_none(data, tmp_path):
     for said, changes in (
         ("x_train", dict(x_train=x / 255)),
         ("x_train", dict(x_train=x[:, :20])),
+        ("x_train", dict(x_train=x // 200)),
         ("x_test", dict(x_test=x[:0])),
         ("x_train", dict(x_train=x[..., None])),
         ("x_test", dict(x_test=None)),
@@ -1958,6 +1970,9 @@ def test_an_augmentation_of_ones_own_is_named_if_it_returns_something_else(digit
         monkeypatch.setitem(augment.AUGMENTATIONS, "mine", wrong)
         with pytest.raises(augment.Refused, match="from mine"):
             augment.check_order(digits, "mine")
+    monkeypatch.setitem(augment.AUGMENTATIONS, "mine", lambda x: x[:, ::-1, ::-1])  # a view
+    _, view = augment.all_views(digits, ["mine"])
+    assert np.array_equal(torch.from_numpy(view), np.rot90(digits, 2, (1, 2)))
 
 
 def test_an_order_that_is_wrong(digits, tmp_path, monkeypatch):
@@ -2152,6 +2167,7 @@ def test_runs_are_put_together(trained, no_figures, small_data, tmp_path, capsys
     """Rows of one Table I, means over seeds, a heat-map of two sources."""
     kinds = {"a": "", "b": "--seed 1", "c": "--model cvae", "d": "--model cvae-paired"}
     kinds |= {"e": "--model vae", "f": "--augs rotate_cw flip_lr", "g": "--model cvae --lr 0.01"}
+    kinds["h"] = ""  # a seed counts once
     runs = [shutil.copytree(trained(words), tmp_path / key) for key, words in kinds.items()]
     capsys.readouterr()
     evaluated(*runs)
@@ -2161,12 +2177,20 @@ def test_runs_are_put_together(trained, no_figures, small_data, tmp_path, capsys
     first = [row.strip() for row in heads[0]]
     labels = ["LAVAE", "CVAE, naive, told the view", "CVAE, paired", "VAE of originals"]
     assert {*first} == {*labels} and len(tables) == 2  # the other pair has its own
-    for word in ("297.10", "989.90", "596.69", "564.09", "2 seeds", "measuring", "a probe names"):
+    for word in (
+        "297.10",
+        "989.90",
+        "596.69",
+        "564.09",
+        "seeds 0, 1",
+        "measuring",
+        "a probe names",
+    ):
         assert word in text, word
     results = [json_of(out / "evaluation.json")["tables"] for out in runs[:2]]
     totals = [drawn_row(one)["total"] for one in results]
     assert f"{np.mean(totals):.2f} +- {np.std(totals, ddof=1):.2f}" in text
-    assert text.count("Table I, nats an image, 2 seeds") == 1
+    assert text.count("Table I, nats an image, seeds") == 1
     rows = json_of(tmp_path / "heatmap.json")
     assert rows["flip_lr+flip_ud"]["flip_lr+flip_ud"] == [np.mean(totals), 297.1]
     heads = [one[evaluate.TRANSFER]["shear_x+canny"]["total"] for one in results]
@@ -2181,14 +2205,19 @@ def test_cells_of_the_heat_map_and_their_colours():
         return tables | {evaluate.PROBE: {"all": {"accuracy": 90}}}
 
     flips, turns = PAIRS[0], PAIRS[2]
-    results = [(flips, one(300, 460)), (flips, one(302, 466)), (turns, one(1, 900))]
+    results = [(flips, 0, one(300, 460)), (flips, 1, one(302, 466)), (turns, 0, one(1, 900))]
+    results.append((flips, 0, one(300, 460)))  # a seed counts once
+    fewer = one(3, 0) | {evaluate.TRANSFER: {flips: {"total": 7}}}
+    results.append((turns, 1, fewer))  # each run has what it was transferred to
     rows = evaluate.heatmap_rows("mnist", results)
     assert rows[flips] == {
         "shear_x+canny": (463, 564.09),
         flips: (301, 297.10),
         "probe accuracy, %": (90, None),
     }
-    assert rows[turns][turns] == (1, 329.20)
+    assert rows[turns][turns] == (2, 329.20) and rows[turns][flips] == (7, 440.25)
+    assert rows[turns]["shear_x+canny"] == (900, 491.55)
+    del rows[turns][flips]
     assert evaluate.heatmap_rows("kmnist", results)[flips]["shear_x+canny"] == (463, None)
     page = np.asarray(evaluate.heatmap(rows)).astype(int)
     columns = (np.ptp(page, 2) > 1).any(0)  # of coloured cells: flips, turns, shear_x+canny
@@ -2199,7 +2228,7 @@ def test_cells_of_the_heat_map_and_their_colours():
         for part in (first, second, third)
     ]
     assert all(r > b for r, _, b in colours[0])  # 301 of 297
-    assert all(b > r for r, _, b in colours[1])  # 1 of 329
+    assert all(b > r for r, _, b in colours[1])  # 2 of 329
     signs = [bool(r > b) for r, _, b in colours[2]]
     assert signs == sorted(signs) and len({*signs}) == 2  # 463 of 564, below it 900 of 491
 

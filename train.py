@@ -756,13 +756,13 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
         run = resolve(parser.parse_args(argv))
         device = pick_device(run.device)
         run.device = device.type
-        x_train, y_train, *_ = load_images(run.dataset, run.data_dir)
+        x_train, y_train, _, y_test = load_images(run.dataset, run.data_dir)
         if len(x_train) < 2 * run.latent_dim:
             raise Refused(f"{run.dataset} has {len(x_train)} images: lower --latent-dim")
         if run.condition in ("digit", "both"):
             if y_train is None:
                 raise Refused(f"--condition {run.condition}: {run.dataset} has no labels")
-            run.classes = int(y_train.max()) + 1
+            run.classes = int(max(y_train.max(), y_test.max())) + 1
         for aug in run.augs:
             check_order(x_train[:100], aug)
         run.checkpoint = begin(run)

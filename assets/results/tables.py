@@ -423,7 +423,8 @@ def heatmap_runs(name):
 def rows_of_heatmap(name):
     """Its cells, as `evaluate.heatmap_rows` makes them."""
     found = heatmap_runs(name)
-    return evaluate.heatmap_rows("mnist", [(s, one["tables"]) for s in found for one in found[s]])
+    seeds = [(s, seed, one["tables"]) for s in found for seed, one in enumerate(found[s])]
+    return evaluate.heatmap_rows("mnist", seeds)
 
 
 def below_paper(rows: dict[str, dict[str, tuple]]) -> str:
