@@ -709,28 +709,30 @@ def fig4_inverses(run):
 
 @figure
 def fig5_recursion(run):
-    """Fig. 5: encode, map, decode, and again, seven rounds; two of the paths in the ICA plane
+    """Fig. 5: encode, map, decode, and again, seven rounds or more; two of the paths, by ICA
 
     After two flips, or four quarter turns, a row should look like x again, and a path should be
-    where it began.
+    where it began. The legend says how far from there it is in the end.
     """
     model, path, rows, last = run.model, [run.z], [("x", run.digits)], "x"
-    for k in range(1, 8):
+    order = ORDERS.get(run.augs[0], 0)
+    rounds = max(7, order) if order <= 12 else 7  # as many rows as a slide holds
+    for k in range(1, rounds + 1):
         drawn = run.draw(model.maps[0](path[-1]))
         rows.append((f"x{k} = D(E({last}) L1)", drawn))
         path.append(model.encode(drawn))
         last = f"x{k}"
-    path = torch.stack(path)  # (8, digits, latent_dim)
-    back = 7 - 7 % ORDERS.get(run.augs[0], 1)  # then a path should be at its start
-    moved = (path[back] - path[0]).norm(dim=1)
-    clouds = {}
+    path, clouds = torch.stack(path), {}  # (rounds + 1, digits, latent_dim)
     for name, view in zip(run.names, all_views(evenly(run.data[2], 400), run.augs)):
         clouds[name] = run.model.encode(view)
-    for word, i in (("stable", moved.argmin()), ("unstable", moved.argmax())):
-        clouds[f"{word} path of {run.columns[i]}"] = path[:, i]
+    if 0 < order <= rounds:  # then a path should be at its start again, some time
+        path = path[: rounds - rounds % order + 1]
+        moved = (path[-1] - path[0]).norm(dim=1)
+        for word, i in (("steadiest", moved.argmin()), ("least steady", moved.argmax())):
+            clouds[f"{word}, {run.columns[i]}: {moved[i]:.2f} away"] = path[:, i]
     series = projected(clouds, fast_ica)
     left = grid(f"Again and again: {run.augs[0]}", run.columns, rows, cell=72)
-    right = chart("Latents, by ICA. A stable path comes back", [[("", series)]], side=500)
+    right = chart("Latents, by ICA", [[("", series)]], side=500)
     return table([[left, right]])
 
 
@@ -739,7 +741,7 @@ def projected(clouds: dict[str, Tensor], project: Callable) -> list[tuple]:
     plane, series = project(torch.cat([*clouds.values()]).numpy()), []
     ends = np.cumsum([len(points) for points in clouds.values()])
     for label, points in zip(clouds, np.split(plane, ends)):
-        series.append((label, points, "path" if " path of " in label else "dots"))
+        series.append((label, points, "path" if " away" in label else "dots"))
     return series
 
 

@@ -2350,15 +2350,22 @@ def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_pat
     assert np.allclose(np.abs(panels[0][1][1][1]), [[0, 1]] * 6, atol=1e-6)
 
 
-def test_figure_5_goes_round(one):
+@pytest.mark.parametrize(
+    "order, rounds, steps", [(2, 7, 6), (4, 7, 4), (12, 12, 12), (30, 7, 0), (0, 7, 0)]
+)
+def test_figure_5_goes_round(order, rounds, steps, one, monkeypatch):
+    monkeypatch.setitem(augment.ORDERS, "flip_lr", order)
     (((_, _, rows, _), (_, panels, named)),) = evaluate.fig5_recursion(one)
     path = torch.stack([one.model.encode(pictures) for _, pictures in rows])
     series = panels[0][0][1]
-    assert [style for *_, style in series] == ["dots"] * 4 + ["path"] * 2
-    assert [len(points) for _, points, _ in series] == [400] * 4 + [8] * 2
-    away = (path[6] - path[0]).norm(dim=1)
-    words = [f"stable path of {away.argmin()}", f"unstable path of {away.argmax()}"]
-    assert [label for label, *_ in series[4:]] == words
+    assert len(rows) == rounds + 1 and [len(points) for _, points, _ in series[:4]] == [400] * 4
+    paths = [
+        label for label, points, style in series if style == "path" and len(points) == steps + 1
+    ]
+    away = (path[steps] - path[0]).norm(dim=1)
+    words = [f"steadiest, {away.argmin()}: {away.min():.2f} away"]
+    words.append(f"least steady, {away.argmax()}: {away.max():.2f} away")
+    assert paths == (words if steps else []) and len(series) == 4 + len(paths)
 
 
 @pytest.mark.parametrize("kind", ["cvae", "cvae --condition digit", "cvae-paired"])
