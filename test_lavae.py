@@ -1157,7 +1157,7 @@ def test_identity_counts_the_pictures_that_find_their_own_image(digits):
     assert nats == evaluate.nats(Decoder(), torch.arange(60.0)[:, None], images)
 
 
-def test_the_group_that_augmentations_generate(monkeypatch):
+def test_the_group_that_augmentations_generate(monkeypatch, capsys):
     flips = [*evaluate.elements(["flip_lr", "flip_ud"])]
     assert flips == ["orig", "flip_lr", "flip_ud", "flip_lr+flip_ud"]
     dihedral = evaluate.elements(["rotate_cw", "flip_lr"])
@@ -1167,6 +1167,17 @@ def test_the_group_that_augmentations_generate(monkeypatch):
     monkeypatch.setitem(augment.AUGMENTATIONS, "transpose", lambda x: x.transpose(0, 2, 1))
     monkeypatch.setitem(augment.ORDERS, "transpose", 2)
     assert len(evaluate.elements(["transpose", "flip_lr"])) == 8  # two mirrors
+    for name, order, f in (  # small steps
+        ("shift", 28, lambda x: np.roll(x, 1, 1)),
+        ("rotate_5", 72, lambda x: augment.rotate_30(x, 5)),
+    ):
+        monkeypatch.setitem(augment.AUGMENTATIONS, name, f)
+        monkeypatch.setitem(augment.ORDERS, name, order)
+    monkeypatch.setitem(augment.PARTS, "rotate_5", lambda x, t: augment.rotate_30(x, 5 * t))
+    assert len(evaluate.elements(["shift", "flip_lr"])) == 56
+    assert len(evaluate.elements(["rotate_5"])) == 72
+    assert evaluate.elements(["shift", "rotate_5"]) == {}
+    assert "more than 100 products" in capsys.readouterr().out
     three = ["flip_lr", "flip_ud", "rotate_cw"]
     assert set(evaluate.elements(three)) == set(augment.view_names(three))
     turns = [*evaluate.elements(["rotate_cw", "rotate_ccw"])]
