@@ -78,7 +78,7 @@ MODELS = {  # by --model, in the order of Table I
 TABLE_1, IDENTITY = "Table I, nats an image", "identity preserved, %"
 ANY, GROUP = "any view to any, nats", "the group, nats"
 PROBE, TRANSFER = "a probe names the view of z L, %", "transfer to B, nats"
-PAPER_TABLE = {  # Table I, of flip_lr+flip_ud; it gives the last row's total as 695.68
+PAPER_TABLE = {  # Table I, of flip_lr+flip_ud; it misprints the last row's total as 695.68
     "LAVAE": [68.34, 75.89, 71.30, 81.57],
     "CVAE, naive, told the view": [98.11, 260.18, 351.79, 279.82],
     "CVAE, paired": [99.15, 99.16, 99.26, 299.12],
@@ -441,6 +441,8 @@ def print_means(runs: Sequence[Run]) -> None:
     for title, rows in runs[0].tables.items():
         means = {}
         for label, row in rows.items():
+            if label.startswith("  paper"):
+                continue
             means[label] = {}
             for column in row:
                 values = [run.tables[title][label].get(column) for run in runs]
@@ -796,7 +798,8 @@ def fig9_paired_cvae(run):
     One augmentation succeeds in both. Two at once, the last rows, the CVAE was never told.
     """
     require(run.kind == "cvae-paired", "a run of --model cvae-paired")
-    others = [r.model for r in run.peers if r.kind == "lavae" and r.names == run.names]
+    same = [r for r in run.peers if (r.dataset, r.names) == (run.dataset, run.names)]
+    others = [r.model for r in same if r.kind == "lavae"]
     require(others, "a LAVAE of the same views: name its folder, too")
     drawn = []
     for label, model in (("CVAE", run.model), ("LAVAE", others[0])):

@@ -55,10 +55,15 @@ PAIRS = evaluate.PAIR_NAMES
 MIRROR = torch.diag(torch.tensor([1.0, -1]))
 
 
-@pytest.fixture(scope="module")
-def data():
+@functools.cache
+def mnist():
     """(x_train, y_train, x_test, y_test), all of MNIST."""
     return augment.load_images()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return mnist()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +161,7 @@ def lavae_with(augs, *maps, latent_dim=16, **named):
     """An untrained LAVAE with these maps, or with random ones. Its weights are scaled until other
     latents are clearly other pictures: else a wrong latent would pass for a right one."""
     torch.manual_seed(2)
-    size, digits = len(maps[0]) if maps else latent_dim, augment.load_images()[2][:100]
+    size, digits = len(maps[0]) if maps else latent_dim, mnist()[2][:100]
     model = LAVAE(augs, latent_dim=size, filters=2, **named).requires_grad_(False)
     stretched = 1.3 * torch.linalg.qr(torch.randn(len(augs), size, size)).Q
     for latent_map, L in zip(model.maps, maps or stretched):
