@@ -126,6 +126,7 @@ def shear_x(images: np.ndarray, degrees: float = -47.5) -> np.ndarray:
     default is the middle.)
     """
     height, width = images.shape[1:]
+    _expect(-90 < degrees < 90, "an angle between -90 and 90 degrees", degrees)
 
     def slide(block):
         out = np.empty_like(block)
@@ -183,6 +184,8 @@ def mini_image(images: np.ndarray, size: int = 8) -> np.ndarray:
     the small pixel (antialiased bilinear). Where the corner was empty, clearing it is the inverse.
     It has no order: applied twice it is not undone.
     """
+
+    _expect(size >= 1, "a size of 1 pixel or more", size)
 
     def shrink(n):  # (min(size, n), n), each row the weights of one small pixel
         scale = n / min(size, n)
@@ -245,7 +248,7 @@ def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray
 
     It has no inverse. (The authors draw the thresholds near the defaults for every image.)
     """
-    low, high = (math.floor(min(t, 32767) ** 2) for t in (low, high))
+    low, high = (math.floor(min(max(t, 0), 32767) ** 2) for t in (low, high))
     return _in_blocks(lambda block: _canny(block, low, high), images)
 
 

@@ -147,6 +147,11 @@ class Run:
         """The latents of the digits, (n, latent_dim)."""
         return self.model.encode(self.digits, self.labels)
 
+    @cached_property
+    def products(self) -> dict[str, tuple[int, ...]]:
+        """The `elements` of the group of its augmentations."""
+        return elements(self.augs)
+
     def mapped(self, z: Tensor, word: Sequence[int]) -> Tensor:
         """The latents z under the maps of a word, the first one first: z L1 L2 for (0, 1)."""
         return apply_in_order(z, [self.model.maps[i] for i in word])
@@ -291,7 +296,7 @@ def train_probe(latents: Sequence[Tensor]) -> nn.Module:
     """
     z = torch.cat([*latents])
     y = torch.arange(len(latents)).repeat_interleave(len(latents[0]))
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         probe = nn.Sequential(nn.Linear(z.shape[1], 64), nn.ReLU(), nn.Linear(64, len(latents)))
         optimizer = AdaBelief(probe.parameters(), lr=1e-2)
@@ -368,7 +373,7 @@ def costs_of_maps(
     for v, name in enumerate(run.names[1:], 1):
         rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps), {})
     tables = {ANY: rows | {"direct": each(encoded, {"orig": costs["orig"]})}}
-    for name, word in elements(run.augs).items():
+    for name, word in run.products.items():
         group[name] = {"nats": costs.get(name) or cost_of(run, z, word)}
     if {*group} - {*costs}:
         tables[GROUP] = group
@@ -422,7 +427,7 @@ def print_tables(runs: Sequence[Run]) -> None:
         rows = {}
         for run in runs:
             for label, row in run.tables.get(title, {}).items():
-                own = len(runs) > 1 and "  paper" not in label
+                own = len(runs) > 1 and not label.startswith("  paper")
                 rows[f"{label}  {run.folder}" if own else label] = row
         print_table(title, rows)
 
@@ -871,11 +876,10 @@ def group_elements(run):
     Drawn should look like true. Training has not shown the products with a star, so the decoder has
     never drawn them.
     """
-    found = elements(run.augs)
-    unseen = {*found} - {*run.names}
+    unseen = {*run.products} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
     heads, rows = [], {"true": [], "drawn": []}
-    for name, word in found.items():
+    for name, word in run.products.items():
         mark = " *" if name in unseen else ""
         heads.append("\n".join(written(run.letters, word) or ["I"]) + mark)
         rows["true"].append(true_picture(run.digits, run.augs, word))

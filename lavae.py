@@ -647,7 +647,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LAVAE | CVAE:
         )
     checkpoint = read(path)
     try:
-        with torch.random.fork_rng():  # its first weights are random: who loads draws no numbers
+        with torch.random.fork_rng([]):  # its first weights are random: who loads draws no numbers
             model = build(checkpoint["settings"])
         model.load_state_dict(checkpoint["tensors"])
     except Exception as error:  # a key or a tensor that is not there, or another one

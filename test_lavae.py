@@ -479,6 +479,9 @@ def test_values_at_the_edge_of_an_augmentation(digits):
     assert np.array_equal(augment.gaussian_blur(x, 1e-3), x)
     assert np.array_equal(augment.edge_detect(x, 0), x) and np.array_equal(augment.shear_x(x, 0), x)
     assert np.array_equal(augment.mini_image(x, 28), x)
+    for f, wrong in ((augment.shear_x, 90), (augment.shear_x, math.nan), (augment.mini_image, 0)):
+        with pytest.raises(ValueError, match="expected"):
+            f(x, wrong)
 
 
 def test_augment_writes_its_picture(tmp_path):
@@ -806,6 +809,8 @@ def test_the_model_in_a_notebook(digits):
         model.power(x, "rotate_cw", t)
     assert ts.tolist() == [0, 0.5, 1, 1.5, 2]  # no argument is changed
     assert torch.equal(model.encode(digits[:, ::-1]), model.encode(augment.flip_ud(digits)))
+    with pytest.raises(ValueError, match="rotate_cw, flip_lr"):
+        model.augment(x, "canny")
     for view in ("canny", "flip_lr+canny", "rotate_cw^x", "rotate_cw^1.5", "rotate_cw^"):
         with pytest.raises(ValueError):
             model.convert(x, target=view)
@@ -1015,6 +1020,32 @@ def test_the_joint_lesson(data, tmp_path):
             assert sum(real < 0 for real, _ in values) == reversed_
     totals = [drawn_row(measured(m, few(data)))["total"] for m in (stuck, free)]
     assert totals[1] < 0.9 * totals[0], totals
+
+
+def test_the_paired_cvae_never_sees_the_composition(small_data, tmp_path, monkeypatch):
+    seen, forward = [], CVAE.forward
+    monkeypatch.setattr(CVAE, "forward", lambda *all: seen.append(all[1]) or forward(*all))
+    small(tmp_path, "--model cvae-paired --epochs 1")
+    assert sum(x.shape[0] * x.shape[1] for x in seen) == pytest.approx(4 * 400, abs=3)
+    for x in seen:
+        x, flipped, turned = (255 * x).round().byte().numpy()
+        assert np.array_equal(augment.flip_lr(x), flipped)
+        assert np.array_equal(augment.flip_ud(x), turned)
+
+
+def test_digits_are_told_as_they_are(small_data, tmp_path, monkeypatch):
+    label_of = {x.tobytes(): y for x, y in zip(*small_data[:2])}
+    forward, n = CVAE.forward, []
+
+    def checked(self, x, noise, labels):
+        for image, label in zip((x[0] * 255).round().byte().numpy(), labels):
+            assert label_of[image.tobytes()] == label
+            n.append(1)
+        return forward(self, x, noise, labels)
+
+    monkeypatch.setattr(CVAE, "forward", checked)
+    small(tmp_path, "--model cvae --condition digit")
+    assert sum(n) >= 3 * 400
 
 
 def test_a_head_learns_to_draw_the_same_image(run, data):
@@ -1255,6 +1286,13 @@ def test_each_number_of_the_tables_is_what_its_place_says(data, monkeypatch):
         for row in tables[title].values():
             assert row["total"] == pytest.approx(sum([*row.values()][:4]))
     assert len(tables[evaluate.GROUP]) == 8
+    for view, (name, share) in zip(views, tables[evaluate.IDENTITY]["LAVAE"].items()):
+        logits = computed(f"D(E(x){product(view)})", x=x, **names)
+        cost = torch.cdist(
+            logits.sigmoid().flatten(1), torch.from_numpy(truth(x, view)).flatten(1) / 255
+        )
+        hits = cost.diagonal() <= cost.min(1).values + 1e-6
+        assert name == view and share == pytest.approx(100 * hits.double().mean().item(), abs=0.5)
     to_view = model.to_view
     (given,) = trained_on
     for v, z in enumerate(given):
@@ -2321,7 +2359,8 @@ def test_each_row_shows_what_its_label_says(augs, data, figure_data, tmp_path):
         (evaluate.sampling, low + share * (high - low)),
         (evaluate.interpolation, (1 - t) * z[2] + t * z[7]),
     ):
-        _, _, rows, *_ = figure(one)
+        _, heads, rows, *_ = figure(one)
+        assert start is not None or heads == [*"0123456789"]
         known = {"x": x, "z": start}
         for label, pictures in filter(None, rows):
             name, _, formula = label.rpartition(" = ")
@@ -2332,7 +2371,7 @@ def test_each_row_shows_what_its_label_says(augs, data, figure_data, tmp_path):
             assert near(pictures, expected), label
             known[name or "x"] = pictures if name else x
             seen.append(label)
-    assert len(seen) > 40
+    assert len(seen) == 10 + 8 + 8 + 8 + 5 + 5
 
 
 def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_path):
@@ -2361,6 +2400,14 @@ def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_pat
         assert np.array_equal(found["4: true"][k], augment.rotate_30(one.digits, 90 * t)[4])
         for word, z_t in (("L^t", z @ turn), ("(1 - t) I + t L", (1 - t) * z + t * z @ quarters)):
             assert near(found[f"4: {word}"][k], drawn_by(model.decoder, z_t)[4]), (word, t)
+    one.augs = ["flip_lr"]  # which has no true parts
+    _, heads, rows, *_ = evaluate.partial_augmentation(one)
+    assert heads[-1] == "1" and len(tiles(rows)) == 2 * len(
+        {*tiles(rows)} & {f"{i}: L^t" for i in range(10)}
+    )
+    half = computed("D(z)", z=(z + z @ quarters) / 2, **names).sigmoid().numpy()
+    assert near(tiles(rows)["4: (1 - t) I + t L"][4], np.rint(255 * half[4]))
+    one.augs = ["rotate_cw", "flip_lr"]
     _, (panels,), side, _ = evaluate.eigenvalues(one)
     assert panels[0][0] == "rotate_cw: 6 at ±90°" and panels[1][0] == "flip_lr: 3 at 0°, 3 at 180°"
     assert np.allclose(np.abs(panels[0][1][1][1]), [[0, 1]] * 6, atol=1e-6)
@@ -2374,6 +2421,7 @@ def test_figure_5_goes_round(order, rounds, steps, one, monkeypatch):
     (((_, _, rows, _), (_, panels, named)),) = evaluate.fig5_recursion(one)
     path = torch.stack([one.model.encode(pictures) for _, pictures in rows])
     series = panels[0][0][1]
+    assert [style for *_, style in series[:4]] == ["dots"] * 4
     assert len(rows) == rounds + 1 and [len(points) for _, points, _ in series[:4]] == [400] * 4
     paths = [
         label for label, points, style in series if style == "path" and len(points) == steps + 1
