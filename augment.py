@@ -375,13 +375,14 @@ def load_images(dataset: str = "mnist", data_dir: str | Path = DATA_DIR) -> tupl
     """
     if dataset in DOWNLOADS:
         return _download(dataset, data_dir)
-    path = Path(dataset)
+    path = Path(dataset).expanduser()
     if not path.is_file():
         name = "mnist.npz" if dataset == "mnist" else PureWindowsPath(dataset).name
         path = Path(data_dir, name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {dataset}, and no {path}: check --dataset, --data-dir"
+            f"there is no {dataset}, and no {path}: check the name, or give the folder that "
+            "holds it as --data-dir"
         )
     return load_npz(path)
 
@@ -440,15 +441,21 @@ def like_mnist(path: str | Path) -> np.ndarray:
 
     MNIST's digits are white on black, in a box of 20x20, with the centre of mass in the middle. The
     picture may be in colour, dark on light or light on dark, and partly transparent. It is turned
-    as its EXIF data say. The ink is what differs from the sheet around it, whatever the light.
+    as its EXIF data say. The ink is what differs from the sheet around it, whatever the light. Ink
+    that reaches the border of the picture is the edge of a table or a ruled line, and is left out,
+    if there is other ink.
 
     Raises Refused: the file is no picture, or there is no ink on it.
     """
     try:
         with Image.open(path) as file:
             picture = _grey(ImageOps.exif_transpose(file))
+    except FileNotFoundError as error:
+        raise Refused(f"there is no {path}: check the name") from error
+    except Image.DecompressionBombError as error:
+        raise Refused(f"{path} has too many pixels: make it smaller") from error
     except Exception as error:  # a broken file may raise anything
-        raise Refused(f"{path} is not there, or no picture that can be read") from error
+        raise Refused(f"{path} is no picture that can be read: save it as JPEG or PNG") from error
     picture.thumbnail((200, 200))
     grey = np.asarray(picture, np.float64)
     if np.median(grey) - grey.min() < grey.max() - np.median(grey):  # light on dark
@@ -460,6 +467,12 @@ def like_mnist(path: str | Path) -> np.ndarray:
     darkest = np.quantile(ink, 0.995)
     if not darkest > 0.1:
         raise Refused(f"{path} shows no digit: write it darker, and leave some paper around it")
+    framed = ImageOps.expand(Image.fromarray(np.uint8(ink > darkest / 2)), 3, 1)
+    ImageDraw.floodfill(framed, (0, 0), 2)  # the border, and the ink that it is connected with
+    outside = np.asarray(framed.filter(ImageFilter.MaxFilter(5)))[3:-3, 3:-3] == 2
+    rest = np.where(outside, 0, ink)
+    if np.quantile(rest, 0.995) > 0.1:
+        ink, darkest = rest, np.quantile(rest, 0.995)
     ink = ink > darkest / 2
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -553,6 +566,8 @@ def grid(
         if row:
             line = [text(row[0])]
             for image in row[1]:
+                wanted = f"uint8 pictures in {row[0]!r}, like (255 * x).byte().numpy()"
+                _expect(image.dtype == np.uint8, wanted, _kind(image))
                 tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
                 line.append(ImageOps.expand(tile.convert("RGB"), 1, "silver"))
         lines.append(line)
@@ -623,6 +638,11 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, formatter_class=form)
 
 
+def parsed(parser: argparse.ArgumentParser, argv: Sequence | None) -> argparse.Namespace:
+    """What the command line says: argv, words or numbers, or what the program was started with."""
+    return parser.parse_args(argv and [*map(str, argv)])
+
+
 def path_of(words: str) -> Path:
     """A type for argparse: a path, which is not empty; ~ is one's home."""
     if not words.strip():
@@ -655,7 +675,7 @@ def parser_of() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a picture of all augmentations, the composition of the named ones last."""
     parser = parser_of()
-    options = parser.parse_args(argv)
+    options = parsed(parser, argv)
     with one_line_errors(parser):
         digits = one_of_each(*load_images()[2:])
         single = [(name, f(digits)) for name, f in AUGMENTATIONS.items()]

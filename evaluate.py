@@ -58,6 +58,7 @@ from augment import (
     new_parser,
     one_line_errors,
     one_of_each,
+    parsed,
     path_of,
     save,
     table,
@@ -1108,7 +1109,7 @@ def parser_of() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the runs that the command line names."""
     parser = parser_of()
-    options = parser.parse_args(argv)
+    options = parsed(parser, argv)
     with one_line_errors(parser):
         if options.list:
             for name, f in FIGURES.items():
@@ -1130,10 +1131,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     """The runs that the command line names, and a line for each that cannot be read. Raises
     OSError: there is none."""
-    folders = options.runs or sorted(path.parent for path in Path("runs").glob("*/model.pt"))
-    if not folders:
+    folders, wrong = [], []
+    for path in options.runs or [Path("runs")]:
+        if path.name == "model.pt":
+            folders.append(path.parent)
+        elif path.is_dir() and not (path / "model.pt").exists():
+            folders += sorted(model.parent for model in path.glob("*/model.pt")) or [path]
+        elif not path.is_file():
+            folders.append(path)
+        elif not path.name.startswith("heatmap"):  # which runs/* names, too
+            wrong.append(f"{path} is no run folder: write --image before each picture")
+    if not (options.runs or [*Path("runs").glob("*/model.pt")]):
         raise FileNotFoundError("there is no run under runs/: train one with `python train.py`")
-    runs, wrong, data_of = [], [], cache(partial(load_images, data_dir=options.data_dir))
+    runs, data_of = [], cache(partial(load_images, data_dir=options.data_dir))
     for folder in folders:
         try:
             model = lavae.load(folder / "model.pt")

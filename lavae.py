@@ -30,12 +30,16 @@ from torch import Tensor, nn
 
 
 def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images (.., 28, 28) to numbers in [0, 1]. Raises ValueError: they are not that."""
-    if images.dtype != torch.uint8 or images.shape[-2:] != (28, 28):
+    """Images (.., 28, 28), uint8 or numbers in [0, 1], to numbers in [0, 1]. Raises ValueError:
+    they are not that."""
+    whole = images.dtype == torch.uint8
+    good = whole or images.is_floating_point() and torch.equal(images, images.clamp(0, 1))
+    if not good or images.shape[-2:] != (28, 28):
         raise ValueError(
-            f"expected torch.uint8 (.., 28, 28), got {images.dtype} {tuple(images.shape)}"
+            "expected images (.., 28, 28), uint8 or floats in [0, 1], got "
+            f"{images.dtype} {tuple(images.shape)}"
         )
-    return (images / 255).to(dtype)
+    return (images / 255 if whole else images).to(dtype)
 
 
 class Encoder(nn.Module):
@@ -206,8 +210,8 @@ class LAVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor | np.ndarray, labels: object = None) -> Tensor:
-        """E(x): uint8 images (N, 28, 28) to means (N, latent_dim), the z of stages 2 and 3. (Only a
-        CVAE needs labels.)"""
+        """E(x): images (N, 28, 28), see `pixels`, to means (N, latent_dim), the z of stages 2, 3.
+        (Only a CVAE needs labels.)"""
         blocks = in_blocks(images, self.encoder)
         return torch.cat([self.encoder(block)[0] for block in blocks])
 
@@ -222,31 +226,31 @@ class LAVAE(nn.Module):
     def _maps_of(self, view):
         return [f for i, f in enumerate(self.maps) if view >> i & 1]
 
-    # For notebooks. Images go in and come out in [0, 1], (B, 28, 28), on the model's device.
+    # For notebooks. Images go in as in `encode`, and come out in [0, 1], (B, 28, 28).
 
-    def augment(self, x: Tensor, *names: str) -> Tensor:
+    def augment(self, x: Tensor | np.ndarray, *names: str) -> Tensor:
         """x under the named augmentations, the left one first: D(E(x) L L ..)."""
         return self.convert(x, target="+".join(names) or "orig")
 
     @torch.no_grad()
-    def convert(self, x: Tensor, source: str = "orig", target: str = "orig") -> Tensor:
+    def convert(self, x: Tensor | np.ndarray, source: str = "orig", target: str = "orig") -> Tensor:
         """From any view to any: D(E(x) L_source^-1 L_target).
 
         Views have the names of the tables. The left augmentation goes first: "flip_lr+flip_ud",
         "rotate_cw^2", "rotate_cw+flip_lr+rotate_cw", "rotate_cw^-1" for the inverse.
         """
-        z, back = self.encoder(x)[0], [(f, -n) for f, n in reversed(self._named(source))]
+        z, back = self.encode(x), [(f, -n) for f, n in reversed(self._named(source))]
         for f, n in back + self._named(target):
             z = apply_in_order(z, [f if n > 0 else f.inverse] * abs(n))
         return self.decoder(z).sigmoid()
 
     @torch.no_grad()
-    def power(self, x: Tensor, name: str, t: float) -> Tensor:
+    def power(self, x: Tensor | np.ndarray, name: str, t: float) -> Tensor:
         """A part of an augmentation, or more than it: D(E(x) L^t), see `matrix_power`."""
         f = self._map(name)
         if not hasattr(f, "L"):
             raise ValueError("only a matrix has powers: train without --latent-map")
-        return self.decoder(self.encoder(x)[0] @ matrix_power(f.L, t)).sigmoid()
+        return self.decoder(self.encode(x) @ matrix_power(f.L, t)).sigmoid()
 
     def _named(self, view):  # "a^2+b": the maps of a and b, each with its exponent
         found = []
@@ -262,7 +266,7 @@ class LAVAE(nn.Module):
 
 
 def in_blocks(images: Tensor | np.ndarray, encoder: Encoder) -> list[Tensor]:
-    """`pixels` of uint8 images (N, 28, 28), in blocks, on the encoder's device and of its dtype."""
+    """`pixels` of images (N, 28, 28), in blocks, on the encoder's device and of its dtype."""
     if isinstance(images, np.ndarray):
         images = np.ascontiguousarray(images)  # x[:, ::-1] is a view that torch does not take
     images = torch.as_tensor(images, device=encoder.linear.weight.device)
@@ -414,9 +418,10 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     L^(-1/2) is L^-1 L^(1/2).
 
     A plane that L rotates by an angle is rotated by t times this angle. A direction that L reverses
-    (an eigenvalue near -1) has no real power of its own. Two of them together span a plane, which
-    L^t rotates by pi t, so that they keep their length. If their number is odd, the last one is
-    scaled by 1 - 2 t. Then (L^(1/2))^2 is not L; no real matrix has the square L in this case.
+    (an eigenvalue on the negative axis, or within half a degree of it: they are learnt) has no real
+    power of its own. Two of them together span a plane, which L^t rotates by pi t, so that they
+    keep their length. If their number is odd, the last one is scaled by 1 - 2 t. Then (L^(1/2))^2
+    is not L; no real matrix has the square L in this case.
 
     Raises ValueError: L has no full set of eigenvectors, like [[1, 1], [0, 1]].
     """
@@ -426,7 +431,7 @@ def matrix_power(L: Tensor, t: float) -> Tensor:
     back = torch.linalg.inv_ex(vectors).inverse
     if not torch.allclose((vectors * values @ back).real, M, atol=1e-6):
         raise ValueError("this matrix has no full set of eigenvectors, so its powers are not known")
-    reverses = values.angle().abs() > 0.9 * math.pi  # learnt eigenvalues are only near -1
+    reverses = values.angle().abs() > math.radians(179.5)
     power = (vectors * torch.where(reverses, 0, values**t) @ back).real
     if n := int(reverses.sum()):
         P = (vectors * reverses @ back).real  # the projection to the n reversed directions
@@ -562,7 +567,8 @@ class CVAE(nn.Module):
     def encode(
         self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None
     ) -> Tensor:
-        """E(x): uint8 originals (N, 28, 28) to means (N, latent_dim). labels: see `conditions`."""
+        """E(x): originals (N, 28, 28), see `pixels`, to means (N, latent_dim). labels: see
+        `conditions`."""
         conditions = self.conditions([0], len(images), labels).split(BLOCK)
         pairs = zip(in_blocks(images, self.encoder), conditions)
         return torch.cat([self.encoder(block, condition)[0] for block, condition in pairs])

@@ -772,6 +772,17 @@ def test_a_map_has_real_powers():
         with pytest.raises(ValueError, match="eigenvectors"):
             lavae.matrix_power(L, 0.5)
     basis = torch.linalg.qr(basis).Q  # where maps keep lengths, their powers do so, too
+    for degrees in (163, 175, 179):  # a plane goes its own way, also beside reversed directions
+        angle = torch.tensor(math.radians(degrees)).double()
+        plane = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).view(2, 2)
+        for skew in (torch.eye(2), torch.tensor([[1.0, 3], [0, 1]])):
+            plane = skew.double() @ plane @ torch.linalg.inv(skew.double())
+            for rest in ([torch.eye(6)], [-torch.eye(4), 0.9 * plane]):
+                L = of(plane, *rest)
+                half = lavae.matrix_power(L, 0.5)
+                assert torch.allclose(half @ half, L, atol=1e-6)
+                cosine = (half - lavae.matrix_power(of(torch.eye(2), *rest), 0.5)).trace() / 2 + 1
+                assert cosine.item() == pytest.approx(math.cos(angle / 2), abs=1e-6)
     half = lavae.matrix_power(of(turn, turn, torch.eye(2), -torch.eye(2)), 0.5)
     assert torch.allclose(half @ half.T, unit, atol=1e-8)
     assert half.trace().item() == pytest.approx(4 * 0.1**0.5 + 2)  # 71.6 degrees, not -108.4
@@ -808,6 +819,8 @@ def test_the_model_in_a_notebook(digits):
     for t in ts:
         model.power(x, "rotate_cw", t)
     assert ts.tolist() == [0, 0.5, 1, 1.5, 2]  # no argument is changed
+    for call in (model.convert, model.augment, lambda x: model.power(x, "flip_lr", 1)):
+        assert torch.allclose(call(digits[:5]), call(x), atol=1e-6)  # uint8 is taken, too
     assert torch.equal(model.encode(digits[:, ::-1]), model.encode(augment.flip_ud(digits)))
     with pytest.raises(ValueError, match="rotate_cw, flip_lr"):
         model.augment(x, "canny")
@@ -1401,6 +1414,11 @@ def test_a_picture_becomes_like_mnist(tmp_path):
 STROKES = "2.5,0.3 1.8,4.5 5,4 8.2,6 7.5,8.8 4,10 1,9", "2.5,0.2 8.5,0"  # of a 5, in a box of 7x10
 SHADES = {"shade 35%": 0.35, "shade 60%": 0.6}
 PHOTOS = ("shade 35%", "shade 60%", "ruled paper", "thin pen", "grain", "off-centre")
+BORDERS = {  # what else is in a photo
+    "table": lambda x, y: x + y / 3 > 560,
+    "margin": lambda x, y: abs(x - 70 - y / 40) < 2,
+    "scan": lambda x, y: (x < 6) | (y > 630),
+}
 
 
 def photo(kind, rng):
@@ -1417,6 +1435,8 @@ def photo(kind, rng):
     y, x = np.mgrid[:640, :480]
     paper = np.where((y + 0.02 * x) % 42 < 2, 150.0, 228.0) if kind == "ruled paper" else 228.0
     page = paper * (1 - ink) + 55 * ink
+    if kind in BORDERS:
+        page = np.where(BORDERS[kind](x, y), 40, page)
     page *= 1 - SHADES.get(kind, 0) * (x / 960 + y / 1280) ** 1.3
     page = cv2.GaussianBlur(page, (0, 0), 1)
     page += rng.normal(0, {"clean": 0, "grain": 16}.get(kind, 3), page.shape)
@@ -1431,7 +1451,7 @@ def test_photos_are_read_like_drawings(tmp_path):
         return cv2.GaussianBlur(augment.like_mnist(path), (0, 0), 1).ravel()
 
     clean = read("clean")
-    for kind in PHOTOS:
+    for kind in (*PHOTOS, *BORDERS):
         assert np.corrcoef(read(kind), clean)[0, 1] > 0.8, kind
 
 
@@ -1451,9 +1471,11 @@ def test_several_pictures_are_rows_of_one_page(one, tmp_path):
 def test_pictures_that_are_none(run, tmp_path):
     out, picture = shutil.copytree(run[0], tmp_path / "run"), tmp_path / "x.png"
     before, words = names_in(out), ["--image", str(picture), str(out)]
-    refused(evaluate.main, words, "x.png", "no picture")
+    refused(evaluate.main, words, "there is no", "x.png")
     picture.write_bytes(b"GIF89a?")
-    refused(evaluate.main, words, "x.png", "no picture")
+    refused(evaluate.main, words, "x.png", "no picture", "as JPEG")
+    Image.new("1", (20000, 10000)).save(picture)
+    refused(evaluate.main, words, "x.png", "smaller")
     Image.new("RGB", (40, 40), "navy").save(picture)
     refused(evaluate.main, words, "x.png", "no digit")
     assert names_in(out) == before
@@ -1682,9 +1704,23 @@ REFUSED = """--augs flip_lr flop|flop, flip_ud, canny
 --joint signs --equivariance-weight 0|--joint, --equivariance-weight
 --recipe published|--recipe published, --equivariance-weight 0
 --model gan|gan, cvae-paired
---dataset letters|letters, --dataset
---data-dir nowhere|there is no mnist, check --dataset, --data-dir
+--dataset letters|letters, --data-dir
+--data-dir nowhere|there is no mnist, nowhere, --data-dir
 --device cuda|no cuda, cpu"""
+UNUSED = """--condition digit|--condition digit
+--model cvae --transfer canny flip_lr --latent-map mlp|--transfer canny flip_lr --latent-map mlp
+--model vae --joint signs --equivariance-weight 2|--joint signs --equivariance-weight 2.0
+--model cvae-paired --condition both|--condition both
+--no-transfer --head plain --transfer-epochs 9|--transfer-epochs 9 --head plain
+--preset paper --transfer all --model lavae|
+--as-published --no-transfer --device cpu|"""
+
+
+@pytest.mark.parametrize("line", UNUSED.splitlines())
+def test_options_without_effect_are_named(line, capsys):
+    words, unused = line.split("|")
+    options(*words.split())
+    assert capsys.readouterr().out == (f"without effect here: {unused}\n" if unused else "")
 
 
 @pytest.mark.parametrize("line", REFUSED.splitlines())
@@ -1775,7 +1811,7 @@ def test_data_of_ones_own_that_is_none(data, tmp_path):
         path.write_bytes(content)
         refused(train.main, words, "own.npz", "plain arrays")
     path.unlink()
-    refused(train.main, words, "own.npz", "--dataset")
+    refused(train.main, words, "own.npz", "--data-dir")
     assert names_in(tmp_path) == []
     own_data(path, data)
     assert len(augment.load_images(r"D:\data\own.npz", tmp_path)[0]) == 400
@@ -1820,6 +1856,38 @@ def test_evaluate_refuses(tmp_path, monkeypatch, small_data, run):
         refused(evaluate.main, [good], "augment.py has no canny")
     monkeypatch.chdir(tmp_path)
     refused(evaluate.main, [], "no run", "train.py")
+
+
+def test_evaluate_takes_what_the_shell_names(run, small_data, no_figures, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    out = shutil.copytree(run[0], tmp_path / "runs" / "a")
+    for name in ("heatmap.png", "heatmap.json"):
+        (tmp_path / "runs" / name).write_text("")
+    for words in (
+        [out / "model.pt"],
+        [tmp_path / "runs"],
+        [out, tmp_path / "runs" / "heatmap.png"],
+    ):
+        evaluate.main(words)
+        assert f"measuring {out}\n" in capsys.readouterr().out
+    refused(evaluate.main, [out, tmp_path / "runs" / "digit.png"], "digit.png")
+    (tmp_path / "runs" / "digit.png").write_text("")
+    refused(evaluate.main, [out, tmp_path / "runs" / "digit.png"], "digit.png", "--image")
+
+
+def test_resume_sees_that_the_data_changed(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MAP_STEPS", 20)
+    own_data(path := tmp_path / "own.npz", data, n=100)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = [*asked(tmp_path / "run", "--no-transfer"), "--seed", 1, "--dataset", "~/own.npz"]
+    with stopped(5):
+        train.main(words)
+    own_data(path, data, n=100, x_train=augment.flip_ud(data[0][:100]))
+    refused(train.main, [*words, "--resume"], "other data")
+    own_data(path, data, n=100)
+    with torch.no_grad():  # as in some notebooks
+        model = train.main([*words, "--resume"])
+    assert model.settings["seed"] == 1
 
 
 def test_an_error_from_the_shell_is_one_line(tmp_path):
@@ -1916,10 +1984,16 @@ def test_any_number_of_classes(classes, data, trained, tmp_path, monkeypatch):
 
 def test_arrays_that_are_no_images(run, digits):
     model, cvae = run[1], CVAE(filters=1)
-    for wrong in (digits[:3] / 255, digits[:3].astype(int), np.pad(digits[:3], 1)):
-        for encode in (model.encode, cvae.encode):
+    wrong = digits[:3] / 1.0, digits[:3] / 255 - 0.1, digits[:3].astype(int), np.pad(digits[:3], 1)
+    for images in wrong:
+        for encode in (model.encode, cvae.encode, model.convert, model.augment):
             with pytest.raises(ValueError, match="uint8"):
-                encode(wrong)
+                encode(images)
+    for images in (digits[:3] / 255, torch.from_numpy(digits[:3]) / 255):
+        assert torch.equal(model.encode(images), model.encode(digits[:3]))
+    for images in (digits[:3] / 255, model.augment(digits[:3])):  # floats would be black
+        with pytest.raises(augment.Refused, match="uint8 pictures in 'mine'"):
+            augment.grid("", [""] * 3, [("mine", images)])
 
 
 @pytest.mark.parametrize("word", ["latent_map", "head", "entry", "condition"])
@@ -2144,20 +2218,27 @@ def test_stages_on_a_device_without_numbers(words, monkeypatch):
 
 def test_a_folder_that_holds_a_run_is_kept(trained, small_data, tmp_path, capsys):
     out = shutil.copytree(trained(""), tmp_path / "a run")
-    (out / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "mine.png", "fig3_views.png", "page.html", "images.png"):
+        (out / name).write_text("mine")
     before = (out / "model.pt").read_bytes()
     refused(train.main, asked(out), "holds a run", "--resume", "--overwrite", "--out")
     refused(train.main, asked(out, "--resume"), "no interrupted run", "leave --resume out")
     assert (out / "model.pt").read_bytes() == before
     with stopped(5):
         small(out, "--overwrite --seed 1")
-    assert "--resume" in capsys.readouterr().err and names_in(out) == ["notes.txt", "state.pt"]
+    assert "--resume" in capsys.readouterr().err and names_in(out) == [
+        "mine.png",
+        "notes.txt",
+        "state.pt",
+    ]
     refused(train.main, asked(out, "--seed 1"), "holds a run")
-    refused(train.main, asked(out, "--resume"), "--seed 1", "same options")
+    other = "--augs rotate_cw flip_lr --no-transfer --batch-size 20 --paper-involution --resume"
+    typed = "--augs flip_lr flip_ud --transfer shear_x canny", "--batch-size 128", "--seed 1"
+    refused(train.main, asked(out, other), *typed, "no --paper-involution", "same options")
     small(out, "--seed 1 --resume")
     assert f'evaluate.py" "{out}"' in capsys.readouterr().out  # the path has a blank
     assert same_bits(lavae.load(out), lavae.load(trained("--seed 1")))
-    assert names_in(out) == ["metrics.json", "model.pt", "notes.txt"]
+    assert names_in(out) == ["metrics.json", "mine.png", "model.pt", "notes.txt"]
 
 
 def test_of_two_runs_that_begin_in_one_folder_one_succeeds(tmp_path):

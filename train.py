@@ -22,6 +22,7 @@ import math
 import platform
 import sys
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from augment import (
     load_images,
     new_parser,
     one_line_errors,
+    parsed,
     path_of,
     views,
 )
@@ -261,7 +263,7 @@ def fit(
             # A copy, on the device until the epoch ends: to fetch them is to wait for it.
             all_losses.append(torch.stack([*losses.values()]))
             sizes.append(len(index))
-            if sys.stdout.isatty() and len(sizes) % 50 == 0:
+            if getattr(sys.stdout, "isatty", bool)() and len(sizes) % 50 == 0:
                 print(f"  {len(sizes) / len(batches):.0%}", end="\r", flush=True)
         found, seconds = summary([*losses], all_losses, sizes), time.perf_counter() - start
         history.append({"epoch": done + 1, "seconds": seconds, **found})
@@ -376,12 +378,16 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its latents of the views",
 }
+DERIVED = ("entry", "orders", "classes", "data")  # settings that are no options
 NO_SETTINGS = ("preset", "as_published", "data_dir", "resume", "overwrite", "out", "checkpoint")
 
 
 def resolve(run: Namespace) -> Namespace:
     """Fill in what the preset, the recipe and the model decide. What a model does not have becomes
-    None. Raises Refused: two options clash."""
+    None; if it was given, a line says so. Raises Refused: two options clash."""
+    if run.transfer == [["all"]]:
+        run.transfer = PAIRS
+    given, default = {**vars(run)}, vars(parser_of().parse_args([]))
     published = run.as_published or run.preset == "paper"
     defaults = AS_PUBLISHED if published else OURS
     defaults = PRESETS[run.preset] | RECIPES[run.recipe or defaults["recipe"]] | defaults
@@ -390,8 +396,6 @@ def resolve(run: Namespace) -> Namespace:
             setattr(run, name, value)
     if run.transfer is None:
         run.transfer = [["shear_x", "canny"]] if len(run.augs) == 2 else []
-    if run.transfer == [["all"]]:
-        run.transfer = PAIRS
     if run.model != "lavae":
         run.transfer = []
         run.joint = run.head = run.equivariance_weight = None
@@ -401,6 +405,15 @@ def resolve(run: Namespace) -> Namespace:
         run.condition = None
     if run.model == "cvae-paired":
         run.condition = "paired"
+    if not run.transfer:
+        run.head = run.transfer_epochs = None
+    unused = {
+        name: value
+        for name, value in given.items()
+        if value not in (default[name], getattr(run, name))
+    }
+    if unused:
+        print(f"without effect here: {as_typed(unused)}")
     name = f"{run.model}-{'+'.join(run.augs)}".removeprefix("lavae-")
     run.out = run.out or Path("runs", name)
     run.entry = "linear" if run.recipe == "published" else "relu"
@@ -536,6 +549,13 @@ class Checkpoint:
         history[:] = saved["history"]
 
 
+def pictures() -> list[str]:
+    """The names of the files that evaluate.py may have drawn of a run."""
+    from evaluate import FIGURES  # here, because nothing else in this file needs evaluate.py
+
+    return [f"{name}{end}" for name in [*FIGURES, "images"] for end in (".png", ".gif", ".html")]
+
+
 def begin(run: Namespace) -> Checkpoint:
     """The checkpoint of a new run, or with --resume of the interrupted one.
 
@@ -548,15 +568,20 @@ def begin(run: Namespace) -> Checkpoint:
             raise FileNotFoundError(
                 f"{run.out} holds no interrupted run (perhaps a finished one): leave --resume out"
             )
-        content = lavae.read(state)
+        content, begun = lavae.read(state), {}
         for name, value in content["settings"].items():
             if value != settings.get(name) and name != "device":
-                raise Refused(
-                    f"{run.out} was begun with {as_typed({name: value})}: give the same options"
-                )
+                begun[name] = value
+        if begun:
+            typed = {name: value for name, value in begun.items() if name not in DERIVED}
+            what = as_typed(typed) or "other data or ORDERS"
+            raise Refused(f"{run.out} was begun with {what}: give the same options")
         return Checkpoint(state, content)
     ours = state.exists() or (run.out / "model.pt").exists()  # else it is of something else
-    for name in ("state.pt", "model.pt", "metrics.json", "evaluation.json"):
+    names = ["state.pt", "model.pt", "metrics.json", "evaluation.json"]
+    if run.overwrite:
+        names += pictures()
+    for name in names:
         path = run.out / name
         if path.exists() and not (ours and run.overwrite):
             raise FileExistsError(
@@ -588,7 +613,20 @@ def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def as_typed(options: dict) -> str:
     """Options as one types them: batch_size=64 is --batch-size 64."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    words = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value == []:
+            words.append("--no-transfer")
+        elif value is True:
+            words.append(option)
+        elif value is None or value is False:
+            words.append(f"no {option}")
+        else:
+            for one in value if name == "transfer" else [value]:  # it is repeated
+                one = one if isinstance(one, list) else [one]
+                words.append(" ".join([option, *map(str, one)]))
+    return " ".join(words)
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -752,11 +790,13 @@ def main(argv: Sequence[str] | None = None) -> LAVAE | CVAE:
     Two runs at the same time need two processes: threads would share one stream of random numbers.
     """
     parser = parser_of()
-    with one_line_errors(parser, ": go on with --resume (and without --overwrite)"):
-        run = resolve(parser.parse_args(argv))
+    go_on = ": go on with --resume (and without --overwrite)"
+    with one_line_errors(parser, go_on), torch.enable_grad():
+        run = resolve(parsed(parser, argv))
         device = pick_device(run.device)
         run.device = device.type
         x_train, y_train, _, y_test = load_images(run.dataset, run.data_dir)
+        run.data = f"{len(x_train)} images, checksum {zlib.crc32(x_train.tobytes())}"
         if len(x_train) < 2 * run.latent_dim:
             raise Refused(f"{run.dataset} has {len(x_train)} images: lower --latent-dim")
         if run.condition in ("digit", "both"):
