@@ -632,12 +632,13 @@ COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e
 
 
 def chart(
-    title: str, panels: Sequence[Sequence[tuple]], side: int = 420, axes: bool = False
+    title: str, panels: Sequence[Sequence[tuple]], size: tuple[int, int], axes: bool = False
 ) -> Image.Image:
     """Rows of panels, (heading, series), under a title and a legend of their labels. A series is
-    (label, points (N, 2), style), and the style dots, marks, line or path.
+    (label, points (N, 2), style), and the style dots, marks, line or path. size: width and height
+    of a panel, in pixels.
 
-    axes: both axes begin at 0 and have round ticks. Without them the points fill the panel.
+    axes: both axes hold 0 and have round ticks. Without them the points fill the panel.
     """
     labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
     colours = dict(zip(labels, cycle(COLOURS)))
@@ -647,47 +648,49 @@ def chart(
     rows = []
     for row in panels:
         rows.append([text(heading) for heading, _ in row])
-        rows.append([panel(side, series, colours, axes) for _, series in row])
+        rows.append([panel(size, series, colours, axes) for _, series in row])
     return titled(title, table(legend, "l", gap=16), table(rows, "c", gap=12))
 
 
-def panel(side: int, series: Sequence[tuple], colours: dict, axes: bool) -> Image.Image:
-    """A square with points and lines in it, see `chart`."""
+def panel(size: tuple[int, int], series: Sequence[tuple], colours: dict, axes: bool) -> Image.Image:
+    """A frame with points and lines in it, see `chart`."""
+    width, height = size
     every = np.concatenate([points for _, points, _ in series])
     low, high = every.min(0), every.max(0)
     ticks, left, bottom = [], 0, 0
     if axes:
-        ticks, left, bottom = [round_ticks(top) for top in high], 90, 40
-        low, high = np.zeros(2), np.array([values[-1] for values in ticks])
-    picture = Image.new("RGB", (left + side, side + bottom), "white")
+        ticks, left, bottom = [*map(round_ticks, low, high)], 90, 40
+        low, high = np.array([(values[0], values[-1]) for values in ticks]).T
+    picture = Image.new("RGB", (left + width, height + bottom), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
 
     def place(points):  # in pixels, y downwards
         share = (np.asarray(points) - low) / np.where(high > low, high - low, 1)
-        return (share * [1, -1] + [0, 1]) * (side - 24) + [left + 12, 12]
+        return (share * [1, -1] + [0, 1]) * [width - 24, height - 24] + [left + 12, 12]
 
-    pen.rectangle((left, 0, left + side - 1, side - 1), outline="silver")
+    pen.rectangle((left, 0, left + width - 1, height - 1), outline="silver")
     for axis, values in enumerate(ticks):
         for value in values:
             x, y = place([value, value])
-            at, anchor = ((left - 6, y), "rm") if axis else ((x, side + 6), "mt")
+            at, anchor = ((left - 6, y), "rm") if axis else ((x, height + 6), "mt")
             pen.text(at, f"{value:g}", "black", font, anchor)
     dots, rng = [], np.random.default_rng(0)
     for label, points, style in series:
         colour, at = colours[label], place(points)
         if style in ("line", "path"):
             pen.line([*map(tuple, at)], colour, 4, "curve")
-        radius = {"dots": max(2, side // 140), "marks": 9, "path": 5, "line": 0}[style]
+        radius = {"dots": max(2, height // 140), "marks": 9, "path": 5, "line": 0}[style]
         dots += [(radius, rng.random(), x, y, colour) for x, y in at if radius]
     for r, _, x, y, colour in sorted(dots):  # in random order: no series hides another
         pen.ellipse((x - r, y - r, x + r, y + r), colour)
     return picture
 
 
-def round_ticks(top: float) -> np.ndarray:
-    """Ticks from 0 to `top` or a little more, ten at most, in steps of one digit."""
-    step = float(f"{top / 5:.0e}")
-    return np.arange(0, top + step, step)
+def round_ticks(low: float, high: float) -> np.ndarray:
+    """Ticks from `low` or 0 to `high` or a little more, some ten at most, in steps of one digit."""
+    low = min(low, 0)
+    step = float(f"{(high - low) / 5:.0e}")
+    return step * np.arange(math.floor(low / step), high / step + 1)
 
 
 # ---------------------------------------------------------------- the paper's figures
@@ -750,7 +753,7 @@ def fig5_recursion(run):
             clouds[f"{word}, {run.columns[i]}: {moved[i]:.2f} away"] = path[:, i]
     series = projected(clouds, fast_ica)
     left = grid(f"Again and again: {run.augs[0]}", run.columns, rows, cell=72)
-    right = chart("Latents, by ICA", [[("", series)]], side=500)
+    right = chart("Latents, by ICA", [[("", series)]], (500, 500))
     return table([[left, right]])
 
 
@@ -837,7 +840,7 @@ def fig10_projections(run):
         for cloud, latents in clouds.items():
             series = projected(dict(zip(run.names, latents)), project)
             rows[-1].append((f"{cloud}, {name}", series))
-    return chart(f"{len(x)} test images, a colour for each view", rows, side=260)
+    return chart(f"{len(x)} test images, a colour for each view", rows, (260, 260))
 
 
 @figure
@@ -919,7 +922,7 @@ def eigenvalues(run):
         found = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
         series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
         panels.append((f"{name}: {', '.join(found)}", series))
-    return chart("Eigenvalues of the maps, in the complex plane", [panels], 560)
+    return chart("Eigenvalues of the maps, in the complex plane", [panels], (560, 560))
 
 
 @figure
@@ -998,7 +1001,7 @@ def training_curves(run):
             line = key, points[min(2, len(points) - 1) :], "line"  # the first are too high
             panels.append((f"{stage}: {key}", [line]))
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
-    return chart("Training, by epoch. In stage 1 bce is that of samples", rows, 300, True)
+    return chart("Training, by epoch. In stage 1 bce is that of samples", rows, (300, 300), True)
 
 
 @figure

@@ -2113,10 +2113,12 @@ def test_an_order_that_is_wrong(digits, tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
-def test_axes_begin_at_zero_with_round_ticks():
+def test_axes_hold_zero_with_round_ticks():
     for top, step in ((0.1, 0.02), (1.7, 0.3), (6, 1), (101, 20), (12345, 2000)):
-        ticks = evaluate.round_ticks(top)
-        assert ticks[0] == 0 and ticks[-1] >= top and ticks[1] == step and len(ticks) < 9
+        for low in (top / 9, 0, -top):
+            ticks = evaluate.round_ticks(low, top)
+            assert 0 in ticks and ticks[0] <= low and ticks[-1] >= top and len(ticks) < 9
+            assert low < 0 or ticks[1] == step
 
 
 # ---------------------------------------------------------------- options and runs
@@ -2499,7 +2501,7 @@ def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_pat
 )
 def test_figure_5_goes_round(order, rounds, steps, one, monkeypatch):
     monkeypatch.setitem(augment.ORDERS, "flip_lr", order)
-    (((_, _, rows, _), (_, panels, named)),) = evaluate.fig5_recursion(one)
+    (((_, _, rows, _), (_, panels, *_)),) = evaluate.fig5_recursion(one)
     path = torch.stack([one.model.encode(pictures) for _, pictures in rows])
     series = panels[0][0][1]
     assert [style for *_, style in series[:4]] == ["dots"] * 4
@@ -2537,7 +2539,7 @@ def test_figure_10_projects_what_it_says(one, monkeypatch):
     for name in ("pca", "fast_ica", "tsne"):
         monkeypatch.setattr(evaluate, name, lambda x: (seen.append(x), x[:, :2])[1])
     one.data = [part[:50] for part in one.data]
-    _, panels, _ = evaluate.fig10_projections(one)
+    _, panels, *_ = evaluate.fig10_projections(one)
     images = np.concatenate(augment.all_views(one.data[2], one.augs))
     mapped = torch.cat([*formulas(one, one.data[2][:50]).values()][:4])
     for i in range(0, 9, 3):

@@ -1,17 +1,20 @@
 """How fast things are beside what they stand in for, what an ideal head could get, what a model
-costs that is never certain, how many nats look like what, and how the planes of latents turn.
+costs that is never certain, how many nats look like what, how the planes of latents turn, and what
+the maps are good for.
 
     python assets/benchmark.py                     # prints the benchmark: some minutes
     python assets/benchmark.py limit runs/heat0/rotate_cw+flip_lr shear_x canny
     python assets/benchmark.py certain runs/cvae0
     python assets/benchmark.py scale runs/flips runs/plain runs/cvae0
     python assets/benchmark.py planes runs/sixty 60
+    python assets/benchmark.py classify runs/flips0
 
 The second command takes a run of a LAVAE and the augmentations of a head. It writes
 assets/results/limit-SOURCE-TARGET-SEED.json. The third takes a run of any model, and writes
 assets/results/certain-MODEL-FILTERS-SEED.json. The fourth takes runs whose first augmentation is
 flip_lr, and writes assets/nats.png. The fifth takes a run whose first augmentation is a turn, and
-its degrees, and writes assets/results/planes-DEGREES.json. All need requirements-test.txt.
+its degrees, and writes assets/results/planes-DEGREES.json. The sixth takes a run of a LAVAE, and
+writes assets/results/classify-SOURCE-SEED.json. All need requirements-test.txt.
 """
 
 import contextlib
@@ -137,6 +140,114 @@ def planes(folder: str, degrees: str) -> None:
     print(found)
 
 
+# ---------------------------------------------------------------- what the maps are good for
+
+SHOWN = torch.linspace(-1.5, 1.5, 13).tolist()  # parts of the augmentation in training
+ASKED = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]  # and in the test
+
+
+def classify(folder: str) -> None:
+    """Write the percentage of test images whose digit a classifier names, which learns from the
+    first N training images alone, all upright; each the mean of three classifiers.
+
+    "views": by N and by what it learns from: latents z, "maps", these under all products of the
+    maps, or "images", the encoded views; for each view of the test images. "parts", if the first
+    augmentation has any: of 2,000 training images, for parts t of 2,500 test images: latents z,
+    "first map", "powers" z L^t, "images", the encoded A^t x; and by "pixels" and "pixels, parts" a
+    convolutional network on the images. "seconds": what the maps and the images take for N = 200.
+    """
+    model, (x, y, x_test, y_test) = lavae.load(folder), augment.load_images()
+    y, y_test = torch.from_numpy(y).long(), torch.from_numpy(y_test).long()
+    names = augment.view_names(model.augs)
+    test = dict(zip(names, map(model.encode, augment.all_views(x_test, model.augs))))
+
+    def with_maps(n):
+        return torch.cat(augment.views(model.encode(x[:n]), model.maps))
+
+    def with_images(n):
+        return torch.cat([*map(model.encode, augment.all_views(x[:n], model.augs))])
+
+    found, settings = {"views": {}, "seconds": {}}, model.settings
+    for n in (200, 1000, 10_000):
+        learnt = {"z": model.encode(x[:n]), "maps": with_maps(n), "images": with_images(n)}
+        found["views"][n] = {k: named(z, y[:n], test, y_test) for k, z in learnt.items()}
+    z = model.encode(x[:200])
+    jobs = {"maps": lambda: augment.views(z, model.maps), "images": lambda: with_images(200)}
+    found["seconds"] = in_turn(jobs, rounds=25)
+    if model.augs[0] in augment.PARTS:
+        found["parts"] = parts_named(model, x[:2000], y[:2000], x_test[::4], y_test[::4])
+    found |= {"seed": settings["seed"], "made": train.made_with(CPU)}
+    name = f"classify-{'+'.join(model.augs)}-{settings['seed']}.json"
+    (ROOT / "assets" / "results" / name).write_text(json.dumps(found) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def parts_named(model: LAVAE, x: np.ndarray, y: Tensor, x_test: np.ndarray, y_test: Tensor) -> dict:
+    """The "parts" of `classify`."""
+    part, L = augment.PARTS[model.augs[0]], model.maps[0].L
+    true, asked = ({t: part(images, t) for t in ts} for images, ts in ((x, SHOWN), (x_test, ASKED)))
+    z, test = model.encode(x), {t: model.encode(images) for t, images in asked.items()}
+    learnt = {
+        "z": z,
+        "first map": torch.cat([z, z @ L]),
+        "powers": torch.cat([z @ lavae.matrix_power(L, t) for t in SHOWN]),
+        "images": torch.cat([*map(model.encode, true.values())]),
+    }
+    found = {name: named(latents, y, test, y_test) for name, latents in learnt.items()}
+    pixels = {t: torch.from_numpy(images)[:, None] for t, images in asked.items()}
+    for name, images in (("pixels", x), ("pixels, parts", np.concatenate([*true.values()]))):
+        images = torch.from_numpy(images)[:, None]
+        found[name] = named(images, y, pixels, y_test, network=convolutions, steps=600)
+    return found
+
+
+def perceptron(latent_dim: int) -> nn.Module:
+    """A classifier of latents, with one hidden layer."""
+    return nn.Sequential(nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def convolutions(_: int) -> nn.Module:
+    """A classifier of images (B, 1, 28, 28)."""
+    first = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2)
+    second = nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.5)
+    return nn.Sequential(*first, *second, nn.Linear(32 * 5 * 5, 10))
+
+
+def named(
+    x: Tensor,
+    y: Tensor,
+    test: dict[object, Tensor],
+    y_test: Tensor,
+    network: Callable = perceptron,
+    steps: int = 1000,
+) -> dict[object, float]:
+    """The percentage of the items in each part of `test` whose digit is named rightly by networks
+    that learn from x, with the labels y as often as they fit. The mean of three."""
+    y, rates = y.repeat(len(x) // len(y)), dict.fromkeys(test, 0.0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = network(x.shape[1])
+        optimizer = AdaBelief(net.parameters(), lr=3e-3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 3e-3 * train.one_cycle((step + 0.5) / steps)
+            index = torch.randint(len(x), (200,))
+            loss = F.cross_entropy(net(scaled(x[index])), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            for key, items in test.items():
+                right = [net(scaled(part)).argmax(1) for part in items.split(1000)]
+                rates[key] += 100 * (torch.cat(right) == y_test).double().mean().item() / 3
+    return rates
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Latents as they are, images in [0, 1]."""
+    return x / 255 if x.dtype == torch.uint8 else x
+
+
 # ---------------------------------------------------------------- what an ideal head could get
 
 
@@ -232,8 +343,9 @@ def nats_of(
 # ---------------------------------------------------------------- how fast things are
 
 
-def in_turn(jobs: dict[str, Callable], rounds: int = 7) -> None:
-    """Run the jobs in turn; print the median seconds of each and their ratio to the first one's."""
+def in_turn(jobs: dict[str, Callable], rounds: int = 7) -> dict[str, float]:
+    """Run the jobs in turn; print and return the median seconds of each, and print their ratio to
+    the first one's."""
     seconds = {name: [] for name in jobs}
     for _, (name, job) in itertools.product(range(rounds + 1), jobs.items()):
         start = time.perf_counter()
@@ -244,6 +356,7 @@ def in_turn(jobs: dict[str, Callable], rounds: int = 7) -> None:
     first = next(iter(seconds.values()))
     for name, times in seconds.items():
         print(f"  {name:24} {np.median(times):8.3f} s   {np.median(first / times):6.2f}")
+    return {name: np.median(times) for name, times in seconds.items()}
 
 
 def flips(n: int) -> Tensor:
@@ -402,6 +515,6 @@ def benchmark() -> None:
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (benchmark, limit, certain, scale, planes)}
+    commands = {f.__name__: f for f in (benchmark, limit, certain, scale, planes, classify)}
     name, *words = sys.argv[1:] or ["benchmark"]
     commands[name](*words)

@@ -2,7 +2,8 @@
 
     python assets/results/tables.py                 # rows and half-sentences, by name
     python assets/results/tables.py keep RUN NAME   # a run's numbers, to assets/results/NAME.json
-    python assets/results/tables.py heatmaps        # assets/heatmap.png and heatmap_published.png
+    python assets/results/tables.py pictures        # assets/heatmap.png, heatmap_published.png and
+                                                    # classify.png
 
 NAME is that of the rows and ends in the seed: flips-0. The run is finished and evaluated.
 """
@@ -16,6 +17,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 
 import evaluate
@@ -240,6 +242,9 @@ def readme_parts():
         "transfer_total": spread([head["total"] for head in heads_of(ours)]),
         "parts": parts_rows(),
         **parts_words(),
+        **classify_words(),
+        "classify_views": classify_views(),
+        "classify_parts": classify_parts(),
         **table1_parts(),
         **heatmap_parts(),
         **answers(),
@@ -360,6 +365,77 @@ def parts_words():
     )
     words["half_turn"] = f"{power} nats, the blend {blend}, and direct is {itself}"
     return words
+
+
+# what classifiers learn from, as benchmark.py and README name it
+LEARNT = {
+    "z": "z",
+    "first map": "z, z L",
+    "powers": "z L^t, 13 t from −3/2 to 3/2",
+    "images": "true turns by the same angles, encoded",
+    "pixels": "a CNN on pixels",
+    "pixels, parts": "a CNN on pixels, true turns",
+}
+
+
+def classified(source):
+    """What `benchmark.classify` found, a dict for each seed of the model."""
+    return [json_of(path) for path in sorted(HERE.glob(f"classify-{source}-[0-9].json"))]
+
+
+def classify_views():
+    """A row for each N and each thing to learn from: the percentages, over seeds."""
+    runs, rows = classified(BOTH), []
+    labels = {"z": "z", "maps": "z and all z L", "images": "true views, encoded"}
+    for n in runs[0]["views"]:
+        for name, label in labels.items():
+            found = [one["views"][n][name] for one in runs]
+            cells = [spread([one[view] for one in found]) for view in found[0]]
+            rows.append(row(f"{int(n):,}", label, *cells))
+    return "\n".join(rows)
+
+
+def classify_parts():
+    """A row for each thing to learn from: the percentages by angle, over seeds."""
+    runs = [one["parts"] for one in classified("rotate_30+flip_lr")]
+    return "\n".join(
+        row(label, *(f"{mean(one[name][t] for one in runs):.1f}" for t in runs[0][name]))
+        for name, label in LEARNT.items()
+    )
+
+
+def classify_words():
+    """The half-sentences of README about classifiers."""
+    flips, turns = classified(BOTH), [one["parts"] for one in classified("rotate_30+flip_lr")]
+    apart, angles = [], [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+    for one in flips:
+        for rows in one["views"].values():
+            apart += [abs(rows["maps"][view] - rows["images"][view]) for view in rows["maps"]]
+    below = [max(one["images"][f"{t}"] - one["powers"][f"{t}"] for t in angles) for one in turns]
+    thousand = {}
+    for name in ("z", "maps", "images"):
+        views = [[*one["views"]["1000"][name].values()] for one in flips]
+        thousand[name] = f"{mean(mean(v[1:]) for v in views):.1f}%"
+        thousand[f"{name} upright"] = f"{mean(v[0] for v in views):.1f}%"
+    times = [one["seconds"]["images"] / one["seconds"]["maps"] for one in flips]
+    return {
+        "classify_apart": f"{max(apart):.1f}",
+        "classify_below": ", ".join(f"{b:.1f}" for b in below),
+        "classify_z": f"from {thousand['z']} to {thousand['maps']}",
+        "classify_images": f"true views: {thousand['images']}",
+        "classify_upright": f"from {thousand['z upright']} to {thousand['maps upright']}",
+        "classify_times": f"{100 * (min(times) // 100):.0f} times",
+    }
+
+
+def classify_chart():
+    """A line for each thing to learn from: the percentages by angle."""
+    runs, series = [one["parts"] for one in classified("rotate_30+flip_lr")], []
+    for name, label in LEARNT.items():
+        points = [[30 * float(t), mean(one[name][t] for one in runs)] for t in runs[0][name]]
+        series.append((label, np.array(points), "line"))
+    title = "Digits named rightly, %, by the angle of the test digits. Labels: 2,000 upright ones"
+    return evaluate.chart(title, [[("", series)]], (1100, 560), True)
 
 
 def turned_in(degrees):
@@ -574,7 +650,8 @@ def letters():
     return parts
 
 
-def draw_heatmaps():
+def draw_pictures():
+    classify_chart().save(HERE.parent / "classify.png")
     for name, picture in (("heat", "heatmap"), ("heat-published", "heatmap_published")):
         evaluate.heatmap(rows_of_heatmap(name)).save(HERE.parent / f"{picture}.png")
 
@@ -582,8 +659,8 @@ def draw_heatmaps():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
         keep(*sys.argv[2:])
-    elif sys.argv[1:] == ["heatmaps"]:
-        draw_heatmaps()
+    elif sys.argv[1:] == ["pictures"]:
+        draw_pictures()
     else:
         for name, part in readme_parts().items():
             print(f"{name}:\n{part}\n")
