@@ -306,15 +306,15 @@ ORDERS = {  # k with A^k x = x, if any
     "rotate_30": 12,
 }
 SLOPE = math.tan(math.radians(-47.5))  # of shear_x
+TURNS = {"rotate_cw": 90, "rotate_ccw": -90, "rotate_30": 30}  # degrees, clockwise
 PARTS = {  # A^t x, from images and t >= 0, where a part of an augmentation has a meaning
-    "rotate_cw": lambda images, t: rotate_30(images, 90 * t),
-    "rotate_ccw": lambda images, t: rotate_30(images, -90 * t),
-    "rotate_30": lambda images, t: rotate_30(images, 30 * t),
     "shear_x": lambda images, t: shear_x(images, math.degrees(math.atan(t * SLOPE))),
     "gaussian_blur": lambda images, t: gaussian_blur(
         images, max(0.001, math.sqrt(t))
     ),  # variances add
 }
+for _name, _degrees in TURNS.items():
+    PARTS[_name] = lambda images, t, degrees=_degrees: rotate_30(images, degrees * t)
 
 
 def all_views(images: np.ndarray, augs: Sequence[str]) -> list[np.ndarray]:
@@ -345,8 +345,8 @@ def check_order(images: np.ndarray, aug: str) -> None:
     again, x = true_picture(images, [aug], [0] * k), images.astype(int)
     if np.abs(again - x).sum() > 0.7 * np.abs(once - x).sum():
         raise Refused(
-            f"{aug} {k} times does not give the image back: correct ORDERS, and if pixels are "
-            "interpolated, enter it in PARTS"
+            f"{aug} {k} times does not give the image back: correct ORDERS, and enter a turn in "
+            "TURNS, or in PARTS what else interpolates pixels"
         )
 
 
@@ -554,8 +554,22 @@ def grid(
     """Images in labelled rows and columns under a title, black on white.
 
     rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
-    cell: the side of an image, in pixels.
+    Where they would be higher than wide, they stand in two blocks, side by side. cell: the side of
+    an image, in pixels.
     """
+    gaps = [i for i, row in enumerate(rows) if not row]
+    lines, n = _lines(columns, rows, cell), len(columns)
+    if gaps and len(rows) - len(gaps) > n:
+        cut = min(gaps, key=lambda i: abs(2 * i - len(rows)))  # the one nearest to the middle
+        left, right = (_lines(columns, part, cell) for part in (rows[:cut], rows[cut + 1 :]))
+        lines = []
+        for one, other in zip_longest(left, right, fillvalue=[]):
+            filled = one + [None] * (n + 1 - len(one)) if other else one
+            lines.append(filled + other)
+    return titled(title, table(lines, "r" + n * "c" + "rc"))
+
+
+def _lines(columns, rows, cell):
     lines, columns = [], [c if isinstance(c, str) else f"{c:.2f}" for c in columns]
     if any(columns):
         widest = max(text(words).width for words in columns)  # so wide are all columns
@@ -564,23 +578,34 @@ def grid(
     for row in rows:
         line = []
         if row:
-            line = [text(row[0])]
+            line = [text(row[0], 30)]
             for image in row[1]:
                 wanted = f"uint8 pictures in {row[0]!r}, like (255 * x).byte().numpy()"
                 _expect(image.dtype == np.uint8, wanted, _kind(image))
                 tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
                 line.append(ImageOps.expand(tile.convert("RGB"), 1, "silver"))
         lines.append(line)
-    return titled(title, table(lines))
+    return lines
 
 
-def save(content: Image.Image | str, path: Path) -> None:
-    """Write a picture or a text. Raises OSError, Refused: the message names the file."""
+def save(content: Image.Image | list[Image.Image] | str, path: Path) -> None:
+    """Write a picture, several of the same size as a moving one (GIF), or a text.
+
+    A GIF shows ten pictures a second, the last one for two seconds, and begins again. All have one
+    palette, so that nothing flickers. Raises OSError, Refused: the message names the file.
+    """
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
         return
+    options = {}
+    if isinstance(content, list):
+        few = [[content[0]], [content[len(content) // 2]], [content[-1]]]
+        colours = table(few).quantize(96, Image.Quantize.FASTOCTREE)
+        content, *rest = [one.quantize(palette=colours, dither=0) for one in content]
+        durations = [100] * len(rest) + [2000]
+        options = dict(save_all=True, append_images=rest, duration=durations, loop=0)
     try:
-        content.save(path)
+        content.save(path, **options)
     except OSError as error:
         error.filename = path
         raise
@@ -597,6 +622,12 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The second image of each class, in order. (The first 5 of MNIST's test set looks like S.)"""
     chosen = [np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)]
     return images[chosen]
+
+
+def recorded(images: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """The numbers of the ten images that `train.py --record` draws, one of each class if known."""
+    numbers = np.arange(len(images))
+    return evenly(numbers if labels is None else one_of_each(numbers, labels), 10)
 
 
 # ---------------------------------------------------------------- command line

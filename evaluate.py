@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 import lavae
@@ -49,6 +49,7 @@ from augment import (
     ORDERS,
     PAIRS,
     PARTS,
+    TURNS,
     Refused,
     all_views,
     evenly,
@@ -60,6 +61,7 @@ from augment import (
     one_of_each,
     parsed,
     path_of,
+    recorded,
     save,
     table,
     text,
@@ -158,8 +160,8 @@ class Run:
         return apply_in_order(z, [self.model.maps[i] for i in word])
 
     def settings_but(self, *names: str) -> dict:
-        """The settings without these and without the device."""
-        return {k: v for k, v in self.settings.items() if k not in ("device", *names)}
+        """The settings without these, and without those that change no number."""
+        return {k: v for k, v in self.settings.items() if k not in ("device", "record", *names)}
 
     @torch.no_grad()
     def draw(self, z: Tensor, decoder: nn.Module | None = None) -> np.ndarray:
@@ -581,9 +583,9 @@ FIGURES: dict[str, Callable] = {}  # by name, in the order of this file
 
 
 def figure(f: Callable) -> Callable:
-    """Enter a figure in FIGURES. It takes a Run, and returns a picture or a text (HTML). It raises
-    Refused where the run lacks what it needs. The first line of its docstring is printed by --list,
-    the rest stands below the picture."""
+    """Enter a figure in FIGURES. It takes a Run, and returns a picture, a list of pictures (a GIF)
+    or a text (HTML). It raises Refused where the run lacks what it needs. The first line of its
+    docstring is printed by --list, the rest stands below the picture."""
     FIGURES[f.__name__] = f
     return f
 
@@ -629,21 +631,24 @@ def view_rows(augs: Sequence[str], digits: np.ndarray, *drawn: Sequence[tuple]) 
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#7f7f7f"]
+COLOURS += ["#8c564b", "#bcbd22"]
 
 
 def chart(
     title: str, panels: Sequence[Sequence[tuple]], size: tuple[int, int], axes: bool = False
 ) -> Image.Image:
     """Rows of panels, (heading, series), under a title and a legend of their labels. A series is
-    (label, points (N, 2), style), and the style dots, marks, line or path. size: width and height
+    (label, points (N, 2), style), and the style dots, marks, line, path, or word: then the label
+    stands at the first point. size: width and height
     of a panel, in pixels.
 
     axes: both axes hold 0 and have round ticks. Without them the points fill the panel.
     """
-    labels = dict.fromkeys(label for row in panels for _, series in row for label, *_ in series)
+    every = [one for row in panels for _, series in row for one in series]
+    labels = dict.fromkeys(label for label, _, style in every if style != "word")
     colours = dict(zip(labels, cycle(COLOURS)))
     entries = [text(label, colour=colour) for label, colour in colours.items()]
-    room = len(panels[0]) + 1
+    room = max(1, size[0] * len(panels[0]) // (16 + max(entry.width for entry in entries)))
     legend = [entries[i : i + room] for i in range(0, len(entries), room)]
     rows = []
     for row in panels:
@@ -676,10 +681,13 @@ def panel(size: tuple[int, int], series: Sequence[tuple], colours: dict, axes: b
             pen.text(at, f"{value:g}", "black", font, anchor)
     dots, rng = [], np.random.default_rng(0)
     for label, points, style in series:
-        colour, at = colours[label], place(points)
+        colour, at = colours.get(label), place(points)
         if style in ("line", "path"):
             pen.line([*map(tuple, at)], colour, 4, "curve")
-        radius = {"dots": max(2, height // 140), "marks": 9, "path": 5, "line": 0}[style]
+        if style == "word":
+            pen.text(at[0], label, "black", font, "mm")
+        radii = {"dots": max(2, height // 140), "marks": 9, "path": 5}
+        radius = radii.get(style, 0)
         dots += [(radius, rng.random(), x, y, colour) for x, y in at if radius]
     for r, _, x, y, colour in sorted(dots):  # in random order: no series hides another
         pen.ellipse((x - r, y - r, x + r, y + r), colour)
@@ -823,7 +831,8 @@ def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
 
     Each panel has axes of its own. With good maps, look for the same groups in the second and the
-    third column. Colours that lie apart are views that can be told from the latent.
+    third row. Colours that lie apart are views that can be told from the latent. (Flips do not
+    change the principal components of all images: there four points coincide.)
     """
     x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
     images = all_views(x, run.augs)
@@ -834,13 +843,13 @@ def fig10_projections(run):
         "latents E(view)": latents,
         "mapped E(x) L": mapped,
     }
-    rows = []
-    for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
-        rows.append([])
-        for cloud, latents in clouds.items():
+    panels = []
+    for cloud, latents in clouds.items():
+        for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
             series = projected(dict(zip(run.names, latents)), project)
-            rows[-1].append((f"{cloud}, {name}", series))
-    return chart(f"{len(x)} test images, a colour for each view", rows, (260, 260))
+            panels.append((f"{cloud}, {name}", series))
+    rows = [panels[i : i + 3] for i in (0, 3, 6)]
+    return chart(f"{len(x)} test images, a colour for each view", rows, (420, 240))
 
 
 @figure
@@ -877,11 +886,14 @@ def interpolation(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
-    Drawn should look like true. Training has not shown the products with a star, so the decoder has
-    never drawn them.
+    Training has shown the products without a star, or those in thick frames. The decoder has never
+    drawn the others. Numbers are nats, the distance from the true picture.
     """
     unseen = {*run.products} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
+    if ORDERS[run.augs[0]] >= 8 and len(run.augs) <= 2:
+        clocks = [clock(run, i % len(run.z)) for i in (2, 7)]
+        return titled(f"All powers of {run.augs[0]}, from one matrix", table([clocks], gap=40))
     heads, rows = [], {"true": [], "drawn": []}
     for name, word in run.products.items():
         mark = " *" if name in unseen else ""
@@ -892,11 +904,37 @@ def group_elements(run):
     return by_digit(run, title, heads, rows)
 
 
+def clock(run, digit):
+    """All products as a clock: the powers of the first map outside, inside those that another map
+    follows. In the middle is x, one of the digits of a figure, by its number."""
+    hours = ORDERS[run.augs[0]]
+    near = 21 * hours  # the radius of the inner ring, in pixels
+    side = 2 * near + 430
+    page, x = Image.new("RGB", (side, side), "white"), run.digits[digit : digit + 1]
+
+    def put(picture, words, radius, hour, frame, colour):
+        tile = Image.fromarray(picture).resize((84, 84), Image.Resampling.NEAREST)
+        tile = ImageOps.expand(tile.convert("RGB"), frame, colour)
+        tile = table([[tile], [text(words)]], "c", 0)
+        angle = 2 * math.pi * hour / hours
+        centre = side / 2 + radius * math.sin(angle), side / 2 - radius * math.cos(angle)
+        page.paste(tile, tuple(round(c - s / 2) for c, s in zip(centre, tile.size)))
+
+    put(x[0], "x", 0, 0, 1, "silver")
+    for name, word in run.products.items():
+        z = run.mapped(run.z[digit : digit + 1], word)
+        cost = f"{nats(run.model.decoder, z, true_picture(x, run.augs, word)):.0f}"
+        radius = near if 1 in word else near + 140
+        frame = (8, COLOURS[0]) if name in run.names else (2, "silver")
+        put(run.draw(z)[0], cost, radius, word.count(0), *frame)
+    return page
+
+
 def by_digit(run, title, heads, rows):
-    """A grid with a group of rows for every second digit, so that it fits on a slide. rows: {label:
-    [pictures of all digits, for each column]}."""
+    """A grid with a group of rows for each of two digits, so that it fits on a slide. rows:
+    {label: [pictures of all digits, for each column]}."""
     groups = []
-    for i in range(2 % len(run.digits), len(run.digits), 2):
+    for i in sorted({i % len(run.digits) for i in (2, 7)}):
         groups.append(
             [(f"{run.columns[i]}: {label}", [x[i] for x in row]) for label, row in rows.items()]
         )
@@ -917,28 +955,90 @@ def eigenvalues(run):
         points = np.array(values)
         z = points @ [1, 1j]
         angles = np.angle(z[abs(abs(z) - 1) < 0.1], deg=True)  # of those near the circle
-        near = 3 * abs(angles / 3).round()  # in steps of three degrees
-        counts = zip(*np.unique(near, return_counts=True))
+        near = 3 * (angles / 3).round()  # in steps of three degrees
+        near[near == -180] = 180
+        counts = zip(*np.unique(abs(near), return_counts=True))
         found = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
+        at_dots = []
+        for a, n in zip(*np.unique(near, return_counts=True)):
+            place = 0.83 * math.cos(math.radians(a)), 0.83 * math.sin(math.radians(a))
+            at_dots.append((f"{n}", place))
+        corners = np.array([(-1.4, -1.4), (1.4, 1.4)])
+        axes = [("-1", [-1.2, 0]), ("1", [1.2, 0]), ("i", [0, 1.2]), ("-i", [0, -1.2])]
         series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
-        panels.append((f"{name}: {', '.join(found)}", series))
+        series += [(label, np.array([at]), "word") for label, at in axes + at_dots]
+        panels.append((f"{name}: {', '.join(found)}", [*series, ("", corners, "word")]))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], (560, 560))
 
 
 @figure
 def partial_augmentation(run):
-    """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) I + t L
+    """a part of an augmentation: the truth if there is one, L^t, and the blend (1 - t) z + t z L
 
-    Where there is a true row, L^t should look like it. The last row, the blend, is a straight line
-    from t = 0 to t = 1, and on from there.
+    L^t should look like the true row, if there is one. (There is no true half of a flip.) The blend
+    goes in a straight line from the latent of x to that of the augmented x, and on from there.
     """
     z, L, aug = run.z, linear(run).maps[0].L, run.augs[0]
     ts, rows = np.linspace(0, 2 if aug in PARTS else 1, 9).tolist(), {}
     if aug in PARTS:
         rows["true"] = [PARTS[aug](run.digits, t) for t in ts]
     rows["L^t"] = [run.draw(z @ matrix_power(L, t)) for t in ts]
-    rows["(1 - t) I + t L"] = [run.draw((1 - t) * z + t * z @ L) for t in ts]
-    return by_digit(run, f"Part of {aug}, by t", [f"{t:g}" for t in ts], rows)
+    rows["blend"] = [run.draw((1 - t) * z + t * z @ L) for t in ts]
+    return by_digit(run, f"Parts of {aug}", [part_of(aug, t) for t in ts], rows)
+
+
+def part_of(aug: str, t: float) -> str:
+    """What t of an augmentation is called: the angle of a turn, or t."""
+    return f"{TURNS[aug] * t:g}°" if aug in TURNS else f"t = {t:g}"
+
+
+@figure
+def turning(run):
+    """the powers L^t of the first map as a moving picture, and above them the truth, if any
+
+    Training has shown t = 0 and t = 1 alone.
+    """
+    z, L, aug = run.z[1::2], linear(run).maps[0].L, run.augs[0]
+    there = np.linspace(0, 2 if aug in PARTS else 1, 31).tolist()
+    frames = []
+    for t in (*there, *there[-2::-1]):
+        rows = [("L^t", run.draw(z @ matrix_power(L, t)))]
+        if aug in PARTS:
+            rows = [("true", PARTS[aug](run.digits[1::2], t)), *rows]
+        angle = f"{TURNS.get(aug, 0) * t:.0f} degrees" * (aug in TURNS)
+        frames.append(grid(f"{aug}: L^{t:.2f}   {angle}", run.columns[1::2], rows, cell=140))
+    return frames
+
+
+@figure
+def learning(run):
+    """stage 1 as a moving picture: what is drawn, and the latents as they part (--record only)
+
+    Left: each view, encoded and drawn. Right: latents of originals in a plane, the principal
+    components of the last moment; a colour for each class.
+    """
+    path = run.folder / "recording.pt"
+    require(path.is_file(), "a run of train.py --record")
+    frames, pictures = lavae.read(path)["frames"], []
+    (x, y), z = run.data[:2], torch.stack([frame["z"].float() for frame in frames])
+    shown = recorded(x, y)
+    y = np.zeros(500, int) if y is None else evenly(y, 500)
+    z -= z[-1].mean(0)
+    plane = torch.linalg.svd(z[-1], full_matrices=False).Vh[:2].T
+    points = (z @ plane).numpy()
+    corners = np.stack([points.min((0, 1)), points.max((0, 1))])
+    names = view_names(run.augs)
+    for i, frame in enumerate(frames):
+        rows = [("x", x[shown])]
+        rows += [(name, drawn.numpy()) for name, drawn in zip(names, frame["drawn"])]
+        left = grid("", [""] * len(shown), rows, cell=64)
+        of_class = [(str(run.class_names[c]), points[i][y == c], "dots") for c in np.unique(y)]
+        right = chart("", [[("", [*of_class, ("", corners, "word")])]], (520, 420))
+        line = []
+        for name, value in {"epoch": frame["epoch"], **frame["losses"]}.items():
+            line += [text(name), text(f"{value:.3g}", least=(110, 0))]  # words stay in their places
+        pictures.append(titled("Stage 1", table([line]), table([[left, right]])))
+    return pictures
 
 
 @figure
@@ -983,6 +1083,14 @@ def latent_plane(run):
     return grid("D(z): z1 across, z2 upwards", at.tolist(), rows, cell=56)
 
 
+SHOULD = {  # what the curve of a loss should do
+    "bce": "falls",
+    "kl": "comes to rest",
+    "equivariance": "ends near 0",
+    "loss": "falls",
+}
+
+
 @figure
 def training_curves(run):
     """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
@@ -999,7 +1107,7 @@ def training_curves(run):
             epochs = np.arange(1, losses.size + 1) / losses.shape[1]
             points = np.stack([epochs, losses.ravel()], 1)
             line = key, points[min(2, len(points) - 1) :], "line"  # the first are too high
-            panels.append((f"{stage}: {key}", [line]))
+            panels.append((f"{stage}: {key} {SHOULD[key]}", [line]))
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, (300, 300), True)
 
@@ -1052,14 +1160,17 @@ def draw_figures(run: Run, figures: dict[str, Callable]) -> list[str]:
         except Refused as error:
             missing.append(f"{run.folder}: {name} {error}")
             continue
-        path = run.folder / f"{name}.{'html' if isinstance(content, str) else 'png'}"
+        kind = {str: "html", list: "gif"}.get(type(content), "png")
+        path = run.folder / f"{name}.{kind}"
         save(captioned(content, f), path)
         print(f"  {path}")
     return missing
 
 
-def captioned(content: Image.Image | str, f: Callable) -> Image.Image | str:
+def captioned(content: Image.Image | list | str, f: Callable) -> Image.Image | list | str:
     """What a figure has returned, and below a picture the second part of the figure's docstring."""
+    if isinstance(content, list):
+        return [captioned(picture, f) for picture in content]
     caption = (inspect.getdoc(f) or "").partition("\n\n")[2]
     if not caption:
         return content

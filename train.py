@@ -42,17 +42,20 @@ from augment import (
     Refused,
     all_views,
     check_order,
+    evenly,
     load_images,
     new_parser,
     one_line_errors,
     parsed,
     path_of,
+    recorded,
     views,
 )
 from lavae import CVAE, LAVAE, bce, map_error, moments, order_error, original_and_singles, pixels
 
 MAP_STEPS = 2000  # of stage 2; each is on all data, and takes half a millisecond
 MAP_LR = 1e-2
+MOMENTS = 60  # of stage 1 that --record keeps
 MLP_EPOCHS = 5  # of stage 2 with --latent-map mlp
 NOISE, SHUFFLE = 10**6, 2 * 10**6  # added to --seed: else noise would repeat the weights
 
@@ -60,7 +63,11 @@ NOISE, SHUFFLE = 10**6, 2 * 10**6  # added to --seed: else noise would repeat th
 
 
 def stage1(
-    model: LAVAE | CVAE, images: Tensor, labels: Tensor | None, run: Namespace
+    model: LAVAE | CVAE,
+    images: Tensor,
+    labels: Tensor | None,
+    run: Namespace,
+    record: Callable | None = None,
 ) -> list[dict]:
     """Stage 1 (Eq. 5): encoder and decoder learn to draw the model's `stage1_views`, each from
     itself (cvae-paired: all from the original).
@@ -70,6 +77,7 @@ def stage1(
         labels: the digits, (N,), for a CVAE that is told them, else None.
         run: the options, see `resolve`. With --recipe ours a batch has all views of some images;
             with --recipe published a LAVAE's has any views of any images.
+        record: a `Recorder`, perhaps.
 
     Returns the history: a dict for each epoch, with the mean of each loss. "bce" and "kl" are in
     nats an image; with "mmd", "kl" is that loss. "equivariance" is a mean square of latents. An
@@ -110,7 +118,7 @@ def stage1(
         if equivariance:  # a matrix fits as many images as there are latents: take twice as many
             per_batch = max(per_batch, 2 * model.latent_dim)
         batches = Batches(n, per_batch, run.seed, per_epoch=shown_in_all // n_views)
-    return fit("stage 1", losses_of, parameters, batches, run.epochs, run.lr, run, noise)
+    return fit("stage 1", losses_of, parameters, batches, run.epochs, run.lr, run, noise, record)
 
 
 def weights_at(t: float, run: Namespace) -> tuple[float, float]:
@@ -224,6 +232,7 @@ def fit(
     lr: float,
     run: Namespace,
     noise: torch.Generator | None = None,
+    record: Callable | None = None,
 ) -> list[dict]:
     """The training loop: minimise losses_of(index, weights)["loss"] with AdaBelief.
 
@@ -233,6 +242,7 @@ def fit(
         run: the options. If it has a checkpoint, the loop goes on after the last epoch that this
             holds of the stage, and saves each epoch to it.
         noise: the generator that losses_of draws from.
+        record: is called in `MOMENTS` moments with the epochs done and the losses.
 
     Returns the history, a dict for each epoch. Raises FloatingPointError: a loss is not finite.
     """
@@ -248,13 +258,14 @@ def fit(
     if device.type == "cuda":
         gradients_of = Recorded(gradients_of, parameters, noise)
     generators = [batches.shuffle, noise or batches.shuffle]  # without noise the same, twice
-    state = (parameters, optimizer, generators, history)
+    state, steps = (parameters, optimizer, generators, history), epochs * len(batches)
+    moments = {round(1 + (steps - 1) * (i / (MOMENTS - 1)) ** 2) for i in range(MOMENTS)}
     if run.checkpoint:
         run.checkpoint.restore(stage, *state)
     for done in range(len(history), epochs):
         start, all_losses, sizes = time.perf_counter(), [], []
         for step, index in enumerate(batches, start=done * len(batches)):
-            t = (step + 0.5) / (epochs * len(batches))
+            t = (step + 0.5) / steps
             rate = 1 if run.recipe == "published" else one_cycle(t)
             optimizer.param_groups[0]["lr"] = lr * rate
             weights = torch.tensor(weights_at(t, run), device=device)  # a graph cannot read floats
@@ -263,6 +274,8 @@ def fit(
             # A copy, on the device until the epoch ends: to fetch them is to wait for it.
             all_losses.append(torch.stack([*losses.values()]))
             sizes.append(len(index))
+            if record and step + 1 in moments:
+                record((step + 1) / len(batches), losses)
             if getattr(sys.stdout, "isatty", bool)() and len(sizes) % 50 == 0:
                 print(f"  {len(sizes) / len(batches):.0%}", end="\r", flush=True)
         found, seconds = summary([*losses], all_losses, sizes), time.perf_counter() - start
@@ -272,6 +285,27 @@ def fit(
         if run.checkpoint:
             run.checkpoint.save(stage, *state)
     return history
+
+
+class Recorder:
+    """Keeps moments of stage 1 for the figure `learning`, closer together at the beginning: of 500
+    images the latents, and of ten what is drawn of their views (eight views at most).
+
+    images: uint8 (2^K, N, 28, 28). shown: the numbers of the ten. frames: a list, which grows.
+    """
+
+    def __init__(self, model: LAVAE, images: Tensor, shown: np.ndarray, frames: list):
+        self.model, self.frames = model, frames
+        self.few = images[0, evenly(np.arange(images.shape[1]), 500)]
+        self.views = images[:8, shown]
+
+    @torch.no_grad()
+    def __call__(self, epoch: float, losses: dict[str, Tensor]) -> None:
+        z = self.model.encode(self.views.flatten(0, 1))
+        drawn = (255 * self.model.decoder(z).sigmoid()).byte().unflatten(0, self.views.shape[:2])
+        frame = {"epoch": epoch, "losses": {name: loss.item() for name, loss in losses.items()}}
+        frame |= {"z": self.model.encode(self.few).half().cpu(), "drawn": drawn.cpu()}
+        self.frames.append(frame)
 
 
 class Recorded:
@@ -400,7 +434,7 @@ def resolve(run: Namespace) -> Namespace:
         run.transfer = []
         run.joint = run.head = run.equivariance_weight = None
     if run.model.startswith("cvae"):
-        run.latent_map = run.involution_weight = run.paper_involution = None
+        run.latent_map = run.involution_weight = run.paper_involution = run.record = None
     else:
         run.condition = None
     if run.model == "cvae-paired":
@@ -464,8 +498,11 @@ def train(
     # third of the time. Freeing 31 MiB once makes glibc keep blocks up to that size.
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
-    images = view_tensor(x_train, run.augs, device)
-    history["stage 1"] = stage1(model, images, labels, run)
+    images, record = view_tensor(x_train, run.augs, device), None
+    if run.record:
+        frames = run.checkpoint.content.setdefault("frames", [])  # of an interrupted run
+        record = Recorder(model, images, recorded(x_train, y_train), frames)
+    history["stage 1"] = stage1(model, images, labels, run, record)
     if model.maps:
         latents = [model.encode(view) for view in original_and_singles(images)]
         del images  # a transfer has others
@@ -482,6 +519,8 @@ def train(
             history[f"stage 3, {key}"] = stage3(model, key, z, wanted, run)
     metrics = dict(config=settings, made=made_with(device), history=history)
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    if record:
+        lavae.write({"frames": record.frames}, run.out / "recording.pt")
     lavae.save(model, run.out / "model.pt")
     run.checkpoint.path.unlink()
     print(f"done: {run.out / 'model.pt'}")
@@ -578,7 +617,7 @@ def begin(run: Namespace) -> Checkpoint:
             raise Refused(f"{run.out} was begun with {what}: give the same options")
         return Checkpoint(state, content)
     ours = state.exists() or (run.out / "model.pt").exists()  # else it is of something else
-    names = ["state.pt", "model.pt", "metrics.json", "evaluation.json"]
+    names = ["state.pt", "model.pt", "metrics.json", "evaluation.json", "recording.pt"]
     if run.overwrite:
         names += pictures()
     for name in names:
@@ -770,6 +809,11 @@ def parser_of() -> argparse.ArgumentParser:
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
         help="auto (default): cuda if it is there, else cpu. Nobody has tried mps yet",
+    )
+    add(
+        "--record",
+        action="store_true",
+        help=f"keep {MOMENTS} moments of stage 1 for the moving picture learning.gif",
     )
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="start over in a folder that holds a run")
