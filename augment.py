@@ -674,6 +674,27 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence | None) -> argparse.N
     return parser.parse_args(argv and [*map(str, argv)])
 
 
+DERIVED = ("entry", "orders", "classes", "data")  # settings that are no options
+
+
+def as_typed(options: dict) -> str:
+    """Options as one types them: batch_size=64 is --batch-size 64."""
+    words = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value == []:
+            words.append("--no-transfer")
+        elif value is True:
+            words.append(option)
+        elif value is None or value is False:
+            words.append(f"no {option}")
+        else:
+            for one in value if name == "transfer" else [value]:  # it is repeated
+                one = one if isinstance(one, list) else [one]
+                words.append(" ".join([option, *map(str, one)]))
+    return " ".join(words)
+
+
 def path_of(words: str) -> Path:
     """A type for argparse: a path, which is not empty; ~ is one's home."""
     if not words.strip():

@@ -46,12 +46,14 @@ from augment import (
     AUGMENTATIONS,
     CLASSES,
     DATA_DIR,
+    DERIVED,
     ORDERS,
     PAIRS,
     PARTS,
     TURNS,
     Refused,
     all_views,
+    as_typed,
     evenly,
     grid,
     like_mnist,
@@ -205,6 +207,12 @@ def score(decoder: nn.Module, z: Tensor, images: np.ndarray) -> tuple[float, flo
         nearest = distances.min(1).values + 1e-4  # equal images are hits
         hits += (distances[:, own].diagonal() <= nearest).sum().item()
     return bces.mean().item(), 100 * hits / len(x)
+
+
+def entropy(images: np.ndarray) -> float:
+    """What a perfect copy of uint8 images costs, because their pixels are grey: nats an image."""
+    x = torch.from_numpy(images).double() / 255
+    return (torch.special.entr(x) + torch.special.entr(1 - x)).sum((1, 2)).mean().item()
 
 
 def with_total(row: dict[str, float]) -> dict[str, float]:
@@ -375,7 +383,10 @@ def costs_of_maps(
     encoded, rows = [z, *map(model.encode, images[1:])], {"from orig": with_total(costs)}
     for v, name in enumerate(run.names[1:], 1):
         rows[f"from {name}"] = each(views(model.from_view(encoded[v], v), model.maps), {})
-    tables = {ANY: rows | {"direct": each(encoded, {"orig": costs["orig"]})}}
+    direct = each(encoded, {"orig": costs["orig"]})
+    own = {name: cost - direct[name] for name, cost in rows["from orig"].items()}
+    perfect = with_total(dict(zip(run.names, map(entropy, images))))
+    tables = {ANY: rows | {"direct": direct, "cost of the maps": own, "a perfect copy": perfect}}
     for name, word in run.products.items():
         group[name] = {"nats": costs.get(name) or cost_of(run, z, word)}
     if {*group} - {*costs}:
@@ -444,20 +455,47 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], object]) -> list[list[Run]
 
 
 def print_means(runs: Sequence[Run]) -> None:
-    """Print the tables' means and standard deviations over runs that differ in their seeds."""
-    seeds = ", ".join(str(run.settings["seed"]) for run in runs)
-    for title, rows in runs[0].tables.items():
-        means = {}
+    """Print the means and standard deviations over seeds, of runs of the same data and views: a
+    column for each method, headed by the options that differ; then its difference from the first
+    one, of runs with the same seed."""
+    methods = grouped(runs, lambda run: run.settings_but("seed"))
+    options = [method[0].settings_but("seed", *DERIVED) for method in methods]
+    differ = [k for k in options[0] if any(one[k] != options[0][k] for one in options)]
+    columns, first = {}, None
+    for method, settings in zip(methods, options):
+        by_seed = {run.settings["seed"]: numbers_of(run) for run in method}  # a seed counts once
+        name = as_typed({k: settings[k] for k in differ})
+        columns[f"{name} seeds {', '.join(map(str, by_seed))}"] = [*by_seed.values()]
+        first = first or by_seed
+        pairs = [(by_seed[seed], first[seed]) for seed in by_seed if seed in first]
+        if by_seed is not first and pairs:
+            columns[f"minus the first ({len(pairs)})"] = [
+                {label: own[label] - other[label] for label in own if label in other}
+                for own, other in pairs
+            ]
+    if max(map(len, columns.values())) < 2:
+        return
+    rows = {}
+    for name, found in columns.items():
+        for label in found[0]:
+            values = [one[label] for one in found if label in one]
+            deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            rows.setdefault(label, {})[name] = f"{statistics.mean(values):.2f}{deviation}"
+    print_table(f"{runs[0].dataset}, {' and '.join(runs[0].augs)}: means over seeds", rows)
+
+
+def numbers_of(run: Run) -> dict[str, float]:
+    """What methods are compared by: all numbers of the tables with one row for the model itself,
+    and of the others the totals, or what has no total."""
+    found = {}
+    for title, rows in run.tables.items():
         for label, row in rows.items():
-            if label.startswith("  paper"):
-                continue
-            means[label] = {}
-            for column in row:
-                values = [run.tables[title][label].get(column) for run in runs]
-                if None not in values:  # as where a probe names no view wrongly
-                    mean, deviation = statistics.mean(values), statistics.stdev(values)
-                    means[label][column] = f"{mean:.2f} +- {deviation:.2f}"
-        print_table(f"{title}, seeds {seeds}", means)
+            for column, number in row.items():
+                if label == run.label:
+                    found[f"{title}: {column}"] = number
+                elif column in ("total", "nats", "accuracy", "L^t") and label[0] != " ":
+                    found[f"{title}: {label}"] = number
+    return found
 
 
 # ---------------------------------------------------------------- the heat-map
@@ -831,7 +869,7 @@ def fig10_projections(run):
     """Fig. 10: images, latents and mapped latents in the plane, by PCA, ICA and t-SNE
 
     Each panel has axes of its own. With good maps, look for the same groups in the second and the
-    third row. Colours that lie apart are views that can be told from the latent. (Flips do not
+    third column. Colours that lie apart are views that can be told from the latent. (Flips do not
     change the principal components of all images: there four points coincide.)
     """
     x = evenly(run.data[2], 800 // len(run.names))  # t-SNE compares each point with each
@@ -843,12 +881,12 @@ def fig10_projections(run):
         "latents E(view)": latents,
         "mapped E(x) L": mapped,
     }
-    panels = []
-    for cloud, latents in clouds.items():
-        for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
+    rows = []
+    for name, project in (("PCA", pca), ("ICA", fast_ica), ("t-SNE", tsne)):
+        rows.append([])
+        for cloud, latents in clouds.items():
             series = projected(dict(zip(run.names, latents)), project)
-            panels.append((f"{cloud}, {name}", series))
-    rows = [panels[i : i + 3] for i in (0, 3, 6)]
+            rows[-1].append((f"{cloud}, {name}", series))
     return chart(f"{len(x)} test images, a colour for each view", rows, (420, 240))
 
 
@@ -1107,7 +1145,7 @@ def training_curves(run):
             epochs = np.arange(1, losses.size + 1) / losses.shape[1]
             points = np.stack([epochs, losses.ravel()], 1)
             line = key, points[min(2, len(points) - 1) :], "line"  # the first are too high
-            panels.append((f"{stage}: {key} {SHOULD[key]}", [line]))
+            panels.append((f"{stage}: {key} {SHOULD.get(key, '')}", [line]))
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, (300, 300), True)
 
@@ -1201,7 +1239,13 @@ def parser_of() -> argparse.ArgumentParser:
         metavar="RUN",
         help="run folders (default: all under runs/)",
     )
-    add("--only", nargs="+", choices=FIGURES, metavar="NAME", help="draw these figures, no more")
+    add(
+        "--only",
+        nargs="+",
+        choices=[*FIGURES, "tables"],
+        metavar="NAME",
+        help="draw these figures, no more; tables: print and write these, and draw nothing",
+    )
     add("--list", action="store_true", help="name the figures, and end")
     add(
         "--digits",
@@ -1230,14 +1274,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name:22} {(f.__doc__ or name).splitlines()[0]}")
             return
         runs, wrong = load_runs(options)
-        chosen = {name: FIGURES[name] for name in options.only or ()}
+        chosen = {name: FIGURES[name] for name in options.only or () if name in FIGURES}
         if options.image:
             chosen["images"] = partial(own_images, paths=options.image)
         for run in runs:
             run.peers = runs
             wrong += draw_figures(run, chosen)
-        if not chosen:
-            evaluate(runs)
+        if "tables" in (options.only or ()):
+            evaluate(runs, {})
+        elif not chosen:
+            evaluate(runs, FIGURES)
         if wrong:
             raise Refused("; ".join(wrong))
 
@@ -1268,8 +1314,8 @@ def load_runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     return runs, wrong
 
 
-def evaluate(runs: Sequence[Run]) -> None:
-    """Print all tables, and write evaluation.json and all figures that a run can have."""
+def evaluate(runs: Sequence[Run], figures: dict[str, Callable]) -> None:
+    """Print all tables, and write evaluation.json and those figures that a run can have."""
     for run in runs:
         print(f"measuring {run.folder}")
         run.tables = measure(run)
@@ -1277,12 +1323,9 @@ def evaluate(runs: Sequence[Run]) -> None:
         (run.folder / "evaluation.json").write_text(json.dumps(content, indent=1))
     for rows in grouped(runs, lambda run: (run.dataset, run.augs)):
         print_tables(rows)
+        print_means(rows)
         for run in rows:
-            draw_figures(run, FIGURES)
-    for repeats in grouped(runs, lambda run: run.settings_but("seed")):
-        by_seed = {run.settings["seed"]: run for run in repeats}  # a seed counts once
-        if len(by_seed) > 1:
-            print_means([*by_seed.values()])
+            draw_figures(run, figures)
     transferred = [run for run in runs if run.kind == "lavae" and run.model.transfers]
     but = ("seed", "augs", "orders", "transfer")
     for number, sources in enumerate(grouped(transferred, lambda run: run.settings_but(*but))):

@@ -36,11 +36,13 @@ from adabelief import AdaBelief
 from augment import (
     AUGMENTATIONS,
     DATA_DIR,
+    DERIVED,
     DOWNLOADS,
     ORDERS,
     PAIRS,
     Refused,
     all_views,
+    as_typed,
     check_order,
     evenly,
     load_images,
@@ -302,7 +304,12 @@ class Recorder:
     @torch.no_grad()
     def __call__(self, epoch: float, losses: dict[str, Tensor]) -> None:
         z = self.model.encode(self.views.flatten(0, 1))
-        drawn = (255 * self.model.decoder(z).sigmoid()).byte().unflatten(0, self.views.shape[:2])
+        drawn = (
+            (255 * self.model.decoder(z).sigmoid())
+            .round()
+            .byte()
+            .unflatten(0, self.views.shape[:2])
+        )
         frame = {"epoch": epoch, "losses": {name: loss.item() for name, loss in losses.items()}}
         frame |= {"z": self.model.encode(self.few).half().cpu(), "drawn": drawn.cpu()}
         self.frames.append(frame)
@@ -412,7 +419,6 @@ MODELS = {  # --model
     "cvae-paired": "CVAE, trained like a LAVAE: from the original to each single augmentation",
     "vae": "VAE of originals only, maps between its latents of the views",
 }
-DERIVED = ("entry", "orders", "classes", "data")  # settings that are no options
 NO_SETTINGS = ("preset", "as_published", "data_dir", "resume", "overwrite", "out", "checkpoint")
 
 
@@ -648,24 +654,6 @@ def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
 
     read.__name__ = kind.__name__  # for argparse's message where it is no number
     return read
-
-
-def as_typed(options: dict) -> str:
-    """Options as one types them: batch_size=64 is --batch-size 64."""
-    words = []
-    for name, value in options.items():
-        option = "--" + name.replace("_", "-")
-        if value == []:
-            words.append("--no-transfer")
-        elif value is True:
-            words.append(option)
-        elif value is None or value is False:
-            words.append(f"no {option}")
-        else:
-            for one in value if name == "transfer" else [value]:  # it is repeated
-                one = one if isinstance(one, list) else [one]
-                words.append(" ".join([option, *map(str, one)]))
-    return " ".join(words)
 
 
 def parser_of() -> argparse.ArgumentParser:

@@ -18,7 +18,6 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
 
 import evaluate
 from augment import evenly, load_images, rotate_30
@@ -148,14 +147,8 @@ def result_row(label, rows):
 def perfect_copy():
     """What the test images themselves cost, as a row: the entropy of their grey pixels. A flip
     changes nothing in it."""
-    entropy = entropy_of(load_images()[2])
+    entropy = evaluate.entropy(load_images()[2])
     return row("a perfect copy", *[f"{entropy:.1f}"] * 4, f"**{4 * entropy:.1f}**")
-
-
-def entropy_of(images):
-    """The mean entropy of images, in nats: what a perfect copy costs."""
-    x = torch.from_numpy(images).double() / 255
-    return (torch.special.entr(x) + torch.special.entr(1 - x)).sum((1, 2)).mean().item()
 
 
 def table1_row(label, rows):
@@ -345,7 +338,7 @@ def parts_rows():
         degrees = 30 * float(t.removeprefix("t = "))
         label = f"{degrees:g}°" + ", shown" * (degrees == 30)
         cells = [spread([one[t][name] for one in turns]) for name in turns[0][t]]
-        copy = entropy_of(rotate_30(images, degrees))
+        copy = evaluate.entropy(rotate_30(images, degrees))
         rows.append(row(label, *cells, f"{copy:.1f}"))
     return "\n".join(rows)
 
