@@ -930,7 +930,7 @@ def group_elements(run):
     unseen = {*run.products} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
     if ORDERS[run.augs[0]] >= 8 and len(run.augs) <= 2:
-        clocks = [clock(run, i % len(run.z)) for i in (2, 7)]
+        clocks = [clock(run, i) for i in two_of(run)]
         return titled(f"All powers of {run.augs[0]}, from one matrix", table([clocks], gap=40))
     heads, rows = [], {"true": [], "drawn": []}
     for name, word in run.products.items():
@@ -968,11 +968,16 @@ def clock(run, digit):
     return page
 
 
+def two_of(run):
+    """The numbers of two of its digits, a 2 and a 7 of MNIST's; or of one, if it has one."""
+    return sorted({i % len(run.digits) for i in (2, 7)})
+
+
 def by_digit(run, title, heads, rows):
     """A grid with a group of rows for each of two digits, so that it fits on a slide. rows:
     {label: [pictures of all digits, for each column]}."""
     groups = []
-    for i in sorted({i % len(run.digits) for i in (2, 7)}):
+    for i in two_of(run):
         groups.append(
             [(f"{run.columns[i]}: {label}", [x[i] for x in row]) for label, row in rows.items()]
         )

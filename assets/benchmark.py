@@ -155,6 +155,7 @@ def classify(folder: str) -> None:
     augmentation has any: of 2,000 training images, for parts t of 2,500 test images: latents z,
     "first map", "powers" z L^t, "images", the encoded A^t x; and by "pixels" and "pixels, parts" a
     convolutional network on the images. "seconds": what the maps and the images take for N = 200.
+    "confused": of N = 1,000, see `confused`.
     """
     model, (x, y, x_test, y_test) = lavae.load(folder), augment.load_images()
     y, y_test = torch.from_numpy(y).long(), torch.from_numpy(y_test).long()
@@ -167,11 +168,13 @@ def classify(folder: str) -> None:
     def with_images(n):
         return torch.cat([*map(model.encode, augment.all_views(x[:n], model.augs))])
 
-    found, settings = {"views": {}, "seconds": {}}, model.settings
+    found, settings = {"views": {}}, model.settings
     for n in (200, 1000, 10_000):
         learnt = {"z": model.encode(x[:n]), "maps": with_maps(n), "images": with_images(n)}
         found["views"][n] = {k: named(z, y[:n], test, y_test) for k, z in learnt.items()}
-    z = model.encode(x[:200])
+        if n == 1000:
+            upright = {k: confused(learnt[k], y[:n], test["orig"], y_test) for k in ("z", "maps")}
+    z, found["confused"] = model.encode(x[:200]), upright
     jobs = {"maps": lambda: augment.views(z, model.maps), "images": lambda: with_images(200)}
     found["seconds"] = in_turn(jobs, rounds=25)
     if model.augs[0] in augment.PARTS:
@@ -223,24 +226,45 @@ def named(
 ) -> dict[object, float]:
     """The percentage of the items in each part of `test` whose digit is named rightly by networks
     that learn from x, with the labels y as often as they fit. The mean of three."""
-    y, rates = y.repeat(len(x) // len(y)), dict.fromkeys(test, 0.0)
+    rates = dict.fromkeys(test, 0.0)
     for seed in range(3):
-        torch.manual_seed(seed)
-        net = network(x.shape[1])
-        optimizer = AdaBelief(net.parameters(), lr=3e-3)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 3e-3 * train.one_cycle((step + 0.5) / steps)
-            index = torch.randint(len(x), (200,))
-            loss = F.cross_entropy(net(scaled(x[index])), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        net.eval()
-        with torch.no_grad():
-            for key, items in test.items():
-                right = [net(scaled(part)).argmax(1) for part in items.split(1000)]
-                rates[key] += 100 * (torch.cat(right) == y_test).double().mean().item() / 3
+        name_of = learn_digits(network(x.shape[1]), x, y, steps, seed)
+        for key, items in test.items():
+            rates[key] += 100 * (name_of(items) == y_test).double().mean().item() / 3
     return rates
+
+
+def learn_digits(net: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int) -> Callable:
+    """Train a classifier, see `named`. Returns a function from items to the digits it names."""
+    y = y.repeat(len(x) // len(y))
+    torch.manual_seed(seed)
+    for layer in net:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    optimizer = AdaBelief(net.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * train.one_cycle((step + 0.5) / steps)
+        index = torch.randint(len(x), (200,))
+        loss = F.cross_entropy(net(scaled(x[index])), y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+
+    @torch.no_grad()
+    def name_of(items):
+        return torch.cat([net(scaled(part)).argmax(1) for part in items.split(1000)])
+
+    return name_of
+
+
+def confused(x: Tensor, y: Tensor, test: Tensor, y_test: Tensor) -> dict[str, int]:
+    """The five pairs of digits that a classifier confuses most, and how often: {"2 and 5": 90}."""
+    found = learn_digits(perceptron(x.shape[1]), x, y, 1000, 0)(test)
+    wrong = found != y_test
+    pairs = zip(torch.minimum(found, y_test)[wrong], torch.maximum(found, y_test)[wrong])
+    counts = Counter(f"{a} and {b}" for a, b in pairs)
+    return dict(counts.most_common(5))
 
 
 def scaled(x: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from PIL import Image
 
 import evaluate
-from augment import evenly, load_images, rotate_30
+from augment import evenly, flip_lr, load_images, rotate_30, shear_x, table, text, titled
 from evaluate import ANY, GROUP, IDENTITY, PROBE, TABLE_1, TRANSFER
 
 HERE = Path(__file__).resolve().parent
@@ -271,8 +272,8 @@ one flip {first.flip:.1f}, {free.flip:.1f} |
 | Stage 1 must see the augmented views | yes | total {ours.total:.0f}, without {vae.total:.0f} |
 | Joint training of stages 1 and 2 is worse | yes | total {stuck.total:.0f}, fixed signs \
 {signs.total:.0f}, in stages {ours0.total:.0f} |
-| Latents transfer to other augmentations | partly | named rightly by a probe \
-{right:.0f}, wrongly {wrong:.0f} |"""
+| Latents transfer to other augmentations | partly | view known to a probe {right:.0f}, \
+unknown {wrong:.0f} |"""
 
 
 def claims():
@@ -418,15 +419,29 @@ def classify_words():
         "classify_images": f"true views: {thousand['images']}",
         "classify_upright": f"from {thousand['z upright']} to {thousand['maps upright']}",
         "classify_times": f"{100 * (min(times) // 100):.0f} times",
+        "classify_cnn": cnn_words(turns[0]),
+        "confused_z": pairs_of(flips[0]["confused"]["z"]),
+        "confused_maps": pairs_of(flips[0]["confused"]["maps"]),
     }
+
+
+def cnn_words(parts):
+    """What the networks on pixels name rightly: upright, and turned by 30 and 45 degrees."""
+    plain, turned = (parts[name] for name in ("pixels", "pixels, parts"))
+    words = [f"{plain[t]:.0f}%, {turned[t]:.0f}% with true turns" for t in ("0.0", "1.0", "1.5")]
+    return "; ".join(f"{where} {w}" for where, w in zip(("upright", "at 30°", "at 45°"), words))
+
+
+def pairs_of(counts):
+    return ", ".join(f"{pair} ({n})" for pair, n in counts.items())
 
 
 def classify_chart():
     """A line for each thing to learn from: the percentages by angle."""
     runs, series = [one["parts"] for one in classified("rotate_30+flip_lr")], []
-    for name, label in LEARNT.items():
+    for name, label in [*LEARNT.items()][:4]:
         points = [[30 * float(t), mean(one[name][t] for one in runs)] for t in runs[0][name]]
-        series.append((label, np.array(points), "line"))
+        series.append((label.replace("−", "-"), np.array(points), "line"))
     title = "Digits named rightly, %, by the angle of the test digits. Labels: 2,000 upright ones"
     return evaluate.chart(title, [[("", series)]], (1100, 560), True)
 
@@ -643,7 +658,46 @@ def letters():
     return parts
 
 
+def stages():
+    """The three stages as a picture: what learns is blue, what stays as it is is grey."""
+    digit, tiles = load_images()[2][:1], {}  # a 7
+    for name, f in {"x": None, "A1 x": flip_lr, "B1 x": shear_x}.items():
+        image = f(digit)[0] if f else digit[0]
+        tile = Image.fromarray(image).resize((112, 112), Image.Resampling.NEAREST)
+        tiles[name] = table([[tile.convert("RGB")], [text(name)]], "c", 0)
+
+    lines = [
+        ("1", "x", "- E ->", "z", "", "", "- D ->", "x", "BCE(x, D(z)) + KL + equivariance loss"),
+        (
+            "2",
+            "x",
+            "- E ->",
+            "z",
+            "- L1 ->",
+            "z L1",
+            "<- E -",
+            "A1 x",
+            "mean of (z L1 - E(A1 x))^2",
+        ),
+        ("3", "x", "- E ->", "z", "- L1 ->", "z L1", "- D_B ->", "B1 x", "BCE(B1 x, D_B(z L1))"),
+    ]
+    learns = {"1": ("- E ->", "- D ->"), "2": ("- L1 ->",), "3": ("- D_B ->",)}
+    rows = []
+    for line in lines:
+        cells = []
+        for words in line:
+            colour = "#1f77b4" if words in learns[line[0]] else "#757575"
+            shown = tiles.get(words) or text(
+                words or " ", 34, colour if "-" in words[:2] else "black"
+            )
+            cells.append(shown)
+        rows += [cells, []]
+    note = "Blue learns, grey stays as it is. In stage 1, x is any view; A1 is a flip, B1 a shear."
+    return titled("The three stages, and their losses", table(rows[:-1], "c", 10), text(note))
+
+
 def draw_pictures():
+    stages().save(HERE.parent / "stages.png")
     classify_chart().save(HERE.parent / "classify.png")
     for name, picture in (("heat", "heatmap"), ("heat-published", "heatmap_published")):
         evaluate.heatmap(rows_of_heatmap(name)).save(HERE.parent / f"{picture}.png")
