@@ -551,7 +551,7 @@ def grid(
     rows: Sequence[tuple[str, np.ndarray] | None],
     cell: int = 84,
 ) -> Image.Image:
-    """Images in labelled rows and columns under a title, black on white.
+    """Images in rows and columns, with labels and a title.
 
     rows: (label, images), one image for each column, uint8 (len(columns), H, W). None is a gap.
     Where they would be higher than wide, they stand in two blocks, side by side. cell: the side of

@@ -108,7 +108,7 @@ class Run:
         classes: those of the digits, by number; None for the first ten.
 
     names: of the views. words: the numbers of the augmentations in each view, and last in the
-    reverse composition, if there are two maps: (), (0,), (1,), (0, 1), (1, 0). digits: uint8
+    reverse composition, if there are two maps or more: (), (0,), (1,), (0, 1), (1, 0). digits: uint8
     (n, 28, 28), one image of each class; labels: their classes; columns: what these are called.
     Raises Refused: there is no such class, or augment.py lacks an augmentation.
     """
@@ -332,7 +332,7 @@ def latents_of_views(model: CVAE | LAVAE, x: np.ndarray, y: np.ndarray | None) -
 @torch.no_grad()
 def measure(run: Run) -> Tables:
     """All numbers of a run. Of every model Table I and identity, see `score`; of a LAVAE also what
-    its maps and heads cost."""
+    its maps and heads cost. What is returned is printed, and kept in evaluation.json."""
     model, (x_train, _, x, y) = run.model, run.data
     images, latents = all_views(x, run.augs), latents_of_views(model, x, y)
     costs, identity = {}, {}
@@ -621,11 +621,20 @@ FIGURES: dict[str, Callable] = {}  # by name, in the order of this file
 
 
 def figure(f: Callable) -> Callable:
-    """Enter a figure in FIGURES. It takes a Run, and returns a picture, a list of pictures (a GIF)
+    """Enter a figure of LAVAEs in FIGURES. It takes a Run, and returns a picture, a list of pictures (a GIF)
     or a text (HTML). It raises Refused where the run lacks what it needs. The first line of its
-    docstring is printed by --list, the rest stands below the picture."""
+    docstring is printed by --list. The rest stands below the picture, and says what to see."""
     FIGURES[f.__name__] = f
     return f
+
+
+OF_CVAES = set()
+
+
+def figure_of_cvaes(f: Callable) -> Callable:
+    """Enter a figure that is also drawn of CVAEs, see `figure`."""
+    OF_CVAES.add(f)
+    return figure(f)
 
 
 def require(there: object, what: str) -> None:
@@ -828,7 +837,7 @@ def fig6_transfer(run):
     return table([grids[i : i + 2] for i in range(0, len(grids), 2)])
 
 
-@figure
+@figure_of_cvaes
 def fig8_cvae(run):
     """Fig. 8: the naive CVAE, its condition changed
 
@@ -836,17 +845,17 @@ def fig8_cvae(run):
     hardly used.
     """
     require(run.kind == "cvae", "a run of --model cvae")
-    model, names, by_digit = run.model, run.names, run.settings["condition"] == "digit"
+    model, names, told_digit = run.model, run.names, run.settings["condition"] == "digit"
     latents = latents_of_views(model, run.digits, run.labels)
-    if by_digit:  # then it knows of no views
+    if told_digit:  # then it knows of no views
         names = run.columns
         latents = [model.to_view(run.z, 0, [label] * len(run.z)) for label in run.labels]
     drawn = [(f"D(z, {name})", run.draw(told)) for name, told in zip(names, latents)]
-    rows = [("x", run.digits), *drawn] if by_digit else view_rows(run.augs, run.digits, drawn)
+    rows = [("x", run.digits), *drawn] if told_digit else view_rows(run.augs, run.digits, drawn)
     return grid("Naive CVAE: the condition changed", run.columns, rows)
 
 
-@figure
+@figure_of_cvaes
 def fig9_paired_cvae(run):
     """Fig. 9: the CVAE that is trained like a LAVAE, beside the LAVAE
 
@@ -992,7 +1001,7 @@ def eigenvalues(run):
     multiples of its angle. Those inside the circle lose something, and are not counted.
     """
     panels = []
-    turn = np.linspace(0, 2 * math.pi, 200)
+    turn = np.linspace(0, 2 * math.pi, 361)  # a point for each degree
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     for name, values in eigenvalues_of(linear(run)).items():
         points = np.array(values)
@@ -1000,17 +1009,13 @@ def eigenvalues(run):
         angles = np.angle(z[abs(abs(z) - 1) < 0.1], deg=True)  # of those near the circle
         near = 3 * (angles / 3).round()  # in steps of three degrees
         near[near == -180] = 180
-        counts = zip(*np.unique(abs(near), return_counts=True))
-        found = [f"{n} at {'±' if 0 < a < 180 else ''}{a:.0f}°" for a, n in counts]
-        at_dots = []
+        words = {"1": (1.2, 0), "-1": (-1.2, 0), "i": (0, 1.2), "-i": (0, -1.2)}
         for a, n in zip(*np.unique(near, return_counts=True)):
-            place = 0.83 * math.cos(math.radians(a)), 0.83 * math.sin(math.radians(a))
-            at_dots.append((f"{n}", place))
+            words[f"{n} at {a:.0f}°"] = circle[round(a) % 360] * 0.68
         corners = np.array([(-1.4, -1.4), (1.4, 1.4)])
-        axes = [("-1", [-1.2, 0]), ("1", [1.2, 0]), ("i", [0, 1.2]), ("-i", [0, -1.2])]
         series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
-        series += [(label, np.array([at]), "word") for label, at in axes + at_dots]
-        panels.append((f"{name}: {', '.join(found)}", [*series, ("", corners, "word")]))
+        series += [(word, np.array([at]), "word") for word, at in words.items()]
+        panels.append((name, [*series, ("", corners, "word")]))
     return chart("Eigenvalues of the maps, in the complex plane", [panels], (560, 560))
 
 
@@ -1134,7 +1139,7 @@ SHOULD = {  # what the curve of a loss should do
 }
 
 
-@figure
+@figure_of_cvaes
 def training_curves(run):
     """the losses of stages 1 and 3 as they learn, without the first tenth of an epoch
 
@@ -1187,8 +1192,6 @@ def page(run):
     template = Path(__file__).resolve().with_name("assets") / "page.html"
     return template.read_text(encoding="utf-8").replace(">MODEL<", f">{json.dumps(content)}<")
 
-
-OF_CVAES = (fig8_cvae, fig9_paired_cvae, training_curves)  # the others need a LAVAE
 
 # ---------------------------------------------------------------- from the command line to files
 

@@ -2542,10 +2542,17 @@ def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_pat
     assert near(tiles(rows)["7: blend"][4], np.rint(255 * half[7]))
     one.augs = ["rotate_cw", "flip_lr"]
     _, (panels,), side, _ = evaluate.eigenvalues(one)
-    assert panels[0][0] == "rotate_cw: 6 at ±90°" and panels[1][0] == "flip_lr: 3 at 0°, 3 at 180°"
+    assert [heading for heading, _ in panels] == one.augs
     assert np.allclose(np.abs(panels[0][1][1][1]), [[0, 1]] * 6, atol=1e-6)
-    words = {label: points[0] for label, points, style in panels[0][1] if style == "word"}
-    assert np.allclose(np.abs(words["3"]), [0, 0.83]) and np.allclose(words["i"], [0, 1.2])
+    turn, flip = (
+        {label: points[0] for label, points, style in series if style == "word"}
+        for _, series in panels
+    )
+    assert np.allclose(turn["3 at -90°"], [0, -0.68]) and np.allclose(turn["i"], [0, 1.2])
+    assert np.allclose(flip["3 at 180°"], [-0.68, 0]) and {*flip} - {*turn} == {
+        "3 at 0°",
+        "3 at 180°",
+    }
 
 
 def test_a_clock_of_all_powers(data, tmp_path):
