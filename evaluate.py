@@ -623,7 +623,7 @@ FIGURES: dict[str, Callable] = {}  # by name, in the order of this file
 def figure(f: Callable) -> Callable:
     """Enter a figure of LAVAEs in FIGURES. It takes a Run, and returns a picture, a list of pictures (a GIF)
     or a text (HTML). It raises Refused where the run lacks what it needs. The first line of its
-    docstring is printed by --list. The rest stands below the picture, and says what to see."""
+    docstring is printed by --list. The rest stands below the picture and says what to see."""
     FIGURES[f.__name__] = f
     return f
 
