@@ -108,8 +108,8 @@ class Run:
         classes: those of the digits, by number; None for the first ten.
 
     names: of the views. words: the numbers of the augmentations in each view, and last in the
-    reverse composition, if there are two maps or more: (), (0,), (1,), (0, 1), (1, 0). digits: uint8
-    (n, 28, 28), one image of each class; labels: their classes; columns: what these are called.
+    reverse composition, if there are two maps or more: (), (0,), (1,), (0, 1), (1, 0). digits:
+    uint8 (n, 28, 28), one of each class; labels: their classes; columns: what these are called.
     Raises Refused: there is no such class, or augment.py lacks an augmentation.
     """
 
@@ -621,9 +621,10 @@ FIGURES: dict[str, Callable] = {}  # by name, in the order of this file
 
 
 def figure(f: Callable) -> Callable:
-    """Enter a figure of LAVAEs in FIGURES. It takes a Run, and returns a picture, a list of pictures (a GIF)
-    or a text (HTML). It raises Refused where the run lacks what it needs. The first line of its
-    docstring is printed by --list. The rest stands below the picture and says what to see."""
+    """Enter a figure of LAVAEs in FIGURES. It takes a Run, and returns a picture, a list of
+    pictures (a GIF) or a text (HTML). It raises Refused where the run lacks what it needs. The
+    first line of its docstring is printed by --list. The rest stands below the picture, and says
+    what to see."""
     FIGURES[f.__name__] = f
     return f
 
