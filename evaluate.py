@@ -27,6 +27,7 @@ import base64
 import inspect
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -1161,6 +1162,22 @@ def training_curves(run):
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, (300, 300), True)
 
 
+KNOWN_TO_THE_PAGE = re.compile(
+    r"(encoder\.(conv[12]|linear)|(decoder|heads\.[^.]+)\.(hidden\.(0\.linear|1)|linear|deconv[12]))"
+    r"\.(weight|bias)|maps\.\d+\.L"
+)
+
+
+def side_of_ink(images: np.ndarray) -> int:
+    """The side of the square that the ink of an image fills, in pixels: 20 for MNIST. A median."""
+    sides = []
+    for image in evenly(images, 1000) > 50:
+        rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
+        if len(rows):
+            sides.append(1 + max(np.ptp(rows), np.ptp(columns)))
+    return int(np.median(sides))
+
+
 @figure
 def page(run):
     """a page for the browser (HTML): draw a digit, and see what the maps make of it"""
@@ -1170,6 +1187,7 @@ def page(run):
         return base64.b64encode(t.cpu().numpy().astype("<f2").tobytes()).decode()
 
     for name, t in model.state_dict().items():
+        require(KNOWN_TO_THE_PAGE.fullmatch(name), f"the networks of lavae.py, without {name}")
         if name.startswith("encoder.linear"):
             t = t[: model.latent_dim]  # the rows of mu; logvar is not needed
         if not name.startswith("maps"):
@@ -1181,7 +1199,21 @@ def page(run):
         L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
         one = {"name": aug, "L": L, "inverse": back, "powers": halves(powers)}
         maps.append(one | {"eigenvalues": values[aug]})
+    images, s = all_views(run.data[2], run.augs), run.settings
+    if run.tables:
+        costs = [run.tables[TABLE_1][run.label][name] for name in run.names]
+    else:
+        latents = latents_of_views(model, run.data[2], None)
+        costs = [nats(model.decoder, z, view) for z, view in zip(latents, images)]
     content = {
+        "made": f"This model: {' and '.join(run.augs)} on {Path(run.dataset).name}, {s['filters']} "
+        f"filters, {s['epochs']} epochs. Test images cost {sum(costs):.0f} nats in all views.",
+        "costs": costs,
+        "copies": [*map(entropy, images)],
+        "box": side_of_ink(run.data[0]),
+        "turns": TURNS,
+        "orders": run.model.orders,
+        "group": [*run.products.values()],
         "latent_dim": model.latent_dim,
         "entry": run.settings["entry"],
         "views": run.names,
