@@ -1009,7 +1009,7 @@ def eigenvalues(run):
         points = np.array(values)
         z = points @ [1, 1j]
         angles = np.angle(z[abs(abs(z) - 1) < 0.1], deg=True)  # of those near the circle
-        near = 3 * (angles / 3).round()  # in steps of three degrees
+        near = 3 * (angles / 3).round() + 0.0  # in steps of three degrees, without -0
         near[near == -180] = 180
         words = {"1": (1.2, 0), "-1": (-1.2, 0), "i": (0, 1.2), "-i": (0, -1.2)}
         for a, n in zip(*np.unique(near, return_counts=True)):

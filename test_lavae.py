@@ -1610,6 +1610,24 @@ def test_the_page_computes_what_torch_does(run, data, browser):
         assert ours.shape == expected.shape and (ours - expected).abs().max() < 0.01, key
 
 
+def test_what_the_page_says_of_a_model(data, tmp_path):
+    """Costs and scale are those of the model and its data, other networks are refused."""
+    model, images = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4), few(data)
+    filled = [
+        np.roll(part[:, 4:24, 4:24].repeat(2, 1).repeat(2, 2)[:, 6:34, 6:34], 0) for part in filled
+    ]
+    for x, x_test, side in ((images[0], images[2], 20), (*filled, 28)):
+        one = run_of(tmp_path, model, (x, images[1], x_test, images[3]))
+        text = evaluate.page(one)
+        content = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+        row = evaluate.measure(one)[evaluate.TABLE_1]["LAVAE"]
+        assert content["costs"] == pytest.approx([*row.values()][:4], rel=1e-4)
+        assert content["box"] == side and len(content["group"]) == 8
+    model.decoder.deconv3 = torch.nn.Conv2d(1, 1, 1)
+    with pytest.raises(augment.Refused, match="deconv3"):
+        evaluate.page(one)
+
+
 GESTURES = """down .3 .3, up .3 .3|strokes.length + ' ' + strokes[0].points.length|1 1
 down .3 .3 1 2, move .5 .5, up .5 .5|strokes.length|0
 down .3 .3 1, down .8 .8 2, move .4 .4 1, move .7 .8 2, up .4 .4 1|strokes.length + ' ' + strokes[0].points.length|1 2

@@ -567,8 +567,9 @@ EXERCISES = {  # the kept runs, exercise-NAME-SEED.json, and what the rows are c
     "luck": "7, luck, seed {seed}",
     "turns": "the same with the equivariance loss",
     "rotate_30": "8, steps of 30 degrees",
-    "rotate_45": "8, steps of 45 degrees",
-    "rotate_60": "8, steps of 60 degrees",
+    "rotate_40": "8, steps of 40 degrees, seed {seed}",
+    "rotate_45": "8, steps of 45 degrees, seed {seed}",
+    "rotate_60": "8, steps of 60 degrees, seed {seed}",
     "transpose": "9, two mirrors",
     "letters": "10, letters",
 }
@@ -592,7 +593,7 @@ def answers():
     return {
         "answers": exercise_rows(),
         "errors": error_rows(),
-        "steps": "\n".join(map(step_row, (30, 45, 60))),
+        "steps": "\n".join(map(step_row, (30, 40, 45, 60))),
         "ways": "\n".join(map(ways_row, ("quick", "mlp"))),
         "reversed": f"{lr} of flip_lr and {ud} of flip_ud",
         "kl": f"({stuck['kl']:.0f} nats, in `quick` {quick['kl']:.0f})",
@@ -626,14 +627,14 @@ def error_rows():
 
 def step_row(degrees):
     """What half a step costs, and how the planes of latents turn in it."""
-    tables, turned = exercise(f"rotate_{degrees}")["evaluation"]["tables"], turned_in(degrees)
-    half, halves = tables[f"rotate_{degrees} to the power t, nats"]["t = 0.5"], {}
-    nats = half["L^t"], turned["nats"][1], half["blend"], half["direct"]
+    turned, halves, title = turned_in(degrees), {}, f"rotate_{degrees} to the power t, nats"
+    rows = [one["tables"][title]["t = 0.5"] for one in results(f"exercise-rotate_{degrees}")]
+    cells = [", ".join(f"{one[name]:.0f}" for one in rows) for name in ("L^t", "blend", "direct")]
     for angle, by in turned["planes"]:
         if angle and (angle < 180 or by > 0):  # one of the two of a plane
             halves.setdefault(angle, []).append(f"{by}".replace("-", "−"))
     words = [f"{angle}°: {', '.join(found)}" for angle, found in halves.items()]
-    return row(f"{degrees}°", *(f"{n:.1f}" for n in nats), "; ".join(words))
+    return row(f"{degrees}°", *cells, f"{turned['nats'][1]:.0f}", "; ".join(words))
 
 
 def ways_row(name):
