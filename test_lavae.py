@@ -1172,7 +1172,7 @@ def test_readmes_links_lead_somewhere():
     page, demo = (
         (HERE / f"assets/{name}.html").read_text(encoding="utf-8") for name in ("page", "demo")
     )
-    assert re.sub(r">\{.*\}<", ">MODEL<", demo) == page and len(demo.encode()) < 350_000
+    assert re.sub(r">\{.*\}<", ">MODEL<", demo) == page and len(demo.encode()) < 400_000
 
 
 def test_presets_fill_in_and_options_win():
@@ -1613,9 +1613,7 @@ def test_the_page_computes_what_torch_does(run, data, browser):
 def test_what_the_page_says_of_a_model(data, tmp_path):
     """Costs and scale are those of the model and its data, other networks are refused."""
     model, images = lavae_with(["rotate_cw", "flip_lr"], latent_dim=4), few(data)
-    filled = [
-        np.roll(part[:, 4:24, 4:24].repeat(2, 1).repeat(2, 2)[:, 6:34, 6:34], 0) for part in filled
-    ]
+    filled = [part[:, 4:24, 4:24].repeat(2, 1).repeat(2, 2)[:, 6:34, 6:34] for part in images[::2]]
     for x, x_test, side in ((images[0], images[2], 20), (*filled, 28)):
         one = run_of(tmp_path, model, (x, images[1], x_test, images[3]))
         text = evaluate.page(one)
