@@ -1115,6 +1115,7 @@ def traversals(run):
         z = one.repeat(9, 1)
         z[:, i] = steps
         rows.append((f"z{i + 1}", run.draw(z)))
+    rows.insert(len(rows) // 2, None)
     return grid("One number of the latent moved, the others kept", steps.tolist(), rows, 52)
 
 
