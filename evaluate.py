@@ -470,7 +470,7 @@ def print_means(runs: Sequence[Run]) -> None:
         first = first or by_seed
         pairs = [(by_seed[seed], first[seed]) for seed in by_seed if seed in first]
         if by_seed is not first and pairs:
-            columns[f"minus the first ({len(pairs)})"] = [
+            columns[f"{name} minus the first ({len(pairs)})"] = [
                 {label: own[label] - other[label] for label in own if label in other}
                 for own, other in pairs
             ]

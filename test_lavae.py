@@ -2384,6 +2384,7 @@ def test_runs_are_put_together(trained, no_figures, small_data, tmp_path, capsys
         "seeds 0, 1",
     ):
         assert words in heads
+    assert heads.count("minus the first (1)") == 4
     cost = [one[evaluate.ANY]["cost of the maps"]["total"] for one in results]
     (row,) = (row for row in rows if "cost of the maps" in row)
     assert row.count(f"{np.mean(cost):.2f} +- {np.std(cost, ddof=1):.2f}") == 1
