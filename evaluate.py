@@ -1163,32 +1163,19 @@ def training_curves(run):
     return chart("Training, by epoch. In stage 1 bce is that of samples", rows, (300, 300), True)
 
 
-KNOWN_TO_THE_PAGE = re.compile(
-    r"(encoder\.(conv[12]|linear)|(decoder|heads\.[^.]+)\.(hidden\.(0\.linear|1)|linear|deconv[12]))"
-    r"\.(weight|bias)|maps\.\d+\.L"
-)
-
-
-def side_of_ink(images: np.ndarray) -> int:
-    """The side of the square that the ink of an image fills, in pixels: 20 for MNIST. A median."""
-    sides = []
-    for image in evenly(images, 1000) > 50:
-        rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
-        if len(rows):
-            sides.append(1 + max(np.ptp(rows), np.ptp(columns)))
-    return int(np.median(sides))
-
-
 @figure
 def page(run):
     """a page for the browser (HTML): draw a digit, and see what the maps make of it"""
-    model, tensors = linear(run), {}
+    model, tensors, costs = linear(run), {}, []
+    known = r"maps\.\d+\.L|(encoder\.(conv[12]|linear)|(decoder|heads\.[^.]+)\."
+    known += r"(hidden\.(0\.linear|1)|linear|deconv[12]))\.(weight|bias)"
+    for name in model.state_dict():
+        require(re.fullmatch(known, name), "the networks of lavae.py")
 
     def halves(t):  # as little-endian float16
         return base64.b64encode(t.cpu().numpy().astype("<f2").tobytes()).decode()
 
     for name, t in model.state_dict().items():
-        require(KNOWN_TO_THE_PAGE.fullmatch(name), f"the networks of lavae.py, without {name}")
         if name.startswith("encoder.linear"):
             t = t[: model.latent_dim]  # the rows of mu; logvar is not needed
         if not name.startswith("maps"):
@@ -1199,25 +1186,23 @@ def page(run):
         powers = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
         L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
         one = {"name": aug, "L": L, "inverse": back, "powers": halves(powers)}
-        maps.append(one | {"eigenvalues": values[aug]})
-    images, s = all_views(run.data[2], run.augs), run.settings
-    if run.tables:
-        costs = [run.tables[TABLE_1][run.label][name] for name in run.names]
-    else:
-        latents = latents_of_views(model, run.data[2], None)
-        costs = [nats(model.decoder, z, view) for z, view in zip(latents, images)]
+        maps.append(one | {"eigenvalues": values[aug], "order": ORDERS.get(aug)})
+    x = run.data[2]
+    for z, view in zip(views(model.encode(x), model.maps), all_views(x, run.augs)):
+        _, true, drawn = decoded(model.decoder, z, view)
+        perfect = F.binary_cross_entropy(true, true, reduction="sum").item() / len(x)
+        costs.append([perfect, drawn.mean().item()])
+    ink = evenly(run.data[0], 1000) > 127
+    sides = np.maximum(ink.any(1).sum(1), ink.any(2).sum(1))
     content = {
-        "made": f"This model: {' and '.join(run.augs)} on {Path(run.dataset).name}, {s['filters']} "
-        f"filters, {s['epochs']} epochs. Test images cost {sum(costs):.0f} nats in all views.",
-        "costs": costs,
-        "copies": [*map(entropy, images)],
-        "box": side_of_ink(run.data[0]),
-        "turns": TURNS,
-        "orders": run.model.orders,
-        "group": [*run.products.values()],
         "latent_dim": model.latent_dim,
-        "entry": run.settings["entry"],
+        "settings": {name: run.settings[name] for name in ("entry", "filters", "epochs")}
+        | {"dataset": Path(run.dataset).name},
         "views": run.names,
+        "costs": costs,  # of the test images in each view: of a perfect copy, and as drawn
+        "side": int(np.median(sides)),  # of the ink, in pixels
+        "group": [*run.products.values()],
+        "turns": TURNS,
         "tensors": tensors,
         "maps": maps,
         "heads": [*zip(model.heads, map(view_names, model.transfers))],
