@@ -1184,7 +1184,7 @@ def page(run):
     for aug, f in zip(model.augs, model.maps):
         inverse = f.inverse(torch.eye(model.latent_dim).to(f.L))
         powers = torch.stack([matrix_power(f.L, t / 20) for t in range(21)])
-        L, back = f.L.flatten().tolist(), inverse.flatten().tolist()
+        L, back = (M.flatten().double().round(decimals=6).tolist() for M in (f.L, inverse))
         one = {"name": aug, "L": L, "inverse": back, "powers": halves(powers)}
         maps.append(one | {"eigenvalues": values[aug], "order": ORDERS.get(aug)})
     x = run.data[2]

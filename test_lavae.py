@@ -1172,7 +1172,7 @@ def test_readmes_links_lead_somewhere():
     page, demo = (
         (HERE / f"assets/{name}.html").read_text(encoding="utf-8") for name in ("page", "demo")
     )
-    assert re.sub(r">\{.*\}<", ">MODEL<", demo) == page and len(demo.encode()) < 400_000
+    assert re.sub(r">\{.*\}<", ">MODEL<", demo) == page and len(demo.encode()) < 350_000
 
 
 def test_presets_fill_in_and_options_win():
