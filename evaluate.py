@@ -935,8 +935,8 @@ def interpolation(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
-    Training has shown the products without a star, or those in thick frames. The decoder has never
-    drawn the others. Numbers are nats, the distance from the true picture.
+    Training has shown the products without a star; in a clock, those in thick frames. The decoder
+    has never drawn the others. The numbers of a clock are nats, the distance from the true picture.
     """
     unseen = {*run.products} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
