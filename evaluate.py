@@ -1013,7 +1013,7 @@ def eigenvalues(run):
         near[near == -180] = 180
         words = {"1": (1.2, 0), "-1": (-1.2, 0), "i": (0, 1.2), "-i": (0, -1.2)}
         for a, n in zip(*np.unique(near, return_counts=True)):
-            words[f"{n} at {a:.0f}°"] = circle[round(a) % 360] * 0.68
+            words[f"{n} at {a:.0f}°"] = circle[round(a) % 360] * [0.68, 0.84]
         corners = np.array([(-1.4, -1.4), (1.4, 1.4)])
         series = [("unit circle", circle, "line"), ("eigenvalue", points, "marks")]
         series += [(word, np.array([at]), "word") for word, at in words.items()]
