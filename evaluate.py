@@ -32,7 +32,7 @@ import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property, partial
-from itertools import cycle, groupby
+from itertools import count, cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -457,20 +457,21 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], object]) -> list[list[Run]
 
 def print_means(runs: Sequence[Run]) -> None:
     """Print the means and standard deviations over seeds, of runs of the same data and views: a
-    column for each method, headed by the options that differ; then its difference from the first
-    one, of runs with the same seed."""
+    column for each method, A, B, .., after a line with the options that differ; then its difference
+    from A, of runs with the same seed."""
     methods = grouped(runs, lambda run: run.settings_but("seed"))
     options = [method[0].settings_but("seed", *DERIVED) for method in methods]
     differ = [k for k in options[0] if any(one[k] != options[0][k] for one in options)]
-    columns, first = {}, None
-    for method, settings in zip(methods, options):
+    columns, first, legend = {}, None, []
+    for letter, method, settings in zip(map(chr, count(65)), methods, options):
         by_seed = {run.settings["seed"]: numbers_of(run) for run in method}  # a seed counts once
         name = as_typed({k: settings[k] for k in differ})
-        columns[f"{name} seeds {', '.join(map(str, by_seed))}"] = [*by_seed.values()]
+        legend.append(f"  {letter}: {name} seeds {', '.join(map(str, by_seed))}")
+        columns[letter] = [*by_seed.values()]
         first = first or by_seed
         pairs = [(by_seed[seed], first[seed]) for seed in by_seed if seed in first]
         if by_seed is not first and pairs:
-            columns[f"{name} minus the first ({len(pairs)})"] = [
+            columns[f"{letter} - A ({len(pairs)})"] = [
                 {label: own[label] - other[label] for label in own if label in other}
                 for own, other in pairs
             ]
@@ -482,6 +483,7 @@ def print_means(runs: Sequence[Run]) -> None:
             values = [one[label] for one in found if label in one]
             deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             rows.setdefault(label, {})[name] = f"{statistics.mean(values):.2f}{deviation}"
+    print("\nmean +- standard deviation over seeds; (n): of n seeds that both have", *legend, sep="\n")
     print_table(f"{runs[0].dataset}, {' and '.join(runs[0].augs)}: means over seeds", rows)
 
 
