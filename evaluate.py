@@ -462,7 +462,8 @@ def print_means(runs: Sequence[Run]) -> None:
     methods = grouped(runs, lambda run: run.settings_but("seed"))
     options = [method[0].settings_but("seed", *DERIVED) for method in methods]
     differ = [k for k in options[0] if any(one[k] != options[0][k] for one in options)]
-    columns, first, legend = {}, None, []
+    columns, first = {}, None
+    legend = ["\nmean +- standard deviation over seeds; (n): of n seeds that both have"]
     for letter, method, settings in zip(map(chr, count(65)), methods, options):
         by_seed = {run.settings["seed"]: numbers_of(run) for run in method}  # a seed counts once
         name = as_typed({k: settings[k] for k in differ})
@@ -483,7 +484,7 @@ def print_means(runs: Sequence[Run]) -> None:
             values = [one[label] for one in found if label in one]
             deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             rows.setdefault(label, {})[name] = f"{statistics.mean(values):.2f}{deviation}"
-    print("\nmean +- standard deviation over seeds; (n): of n seeds that both have", *legend, sep="\n")
+    print(*legend, sep="\n")
     print_table(f"{runs[0].dataset}, {' and '.join(runs[0].augs)}: means over seeds", rows)
 
 
