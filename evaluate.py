@@ -775,7 +775,7 @@ def fig3_views(run):
 def fig4_inverses(run):
     """Fig. 4: every view back to the original
 
-    Each row with a D should look like the first row, the originals.
+    Each row with a D should look like the first row. (A flip is its own inverse.)
     """
     model = run.model
     rows = [("orig", run.digits), ("D(E(x))", run.draw(run.z))]
@@ -938,14 +938,16 @@ def interpolation(run):
 def group_elements(run):
     """every element of the group that turns and flips generate; some are never shown in training
 
-    Training has shown the products without a star; in a clock, those in thick frames. The decoder
-    has never drawn the others. The numbers of a clock are nats, the distance from the true picture.
+    Training has shown the products without a star, or in thick frames. The decoder has never drawn
+    the others.
     """
     unseen = {*run.products} - {*run.names}
     require(unseen, "augmentations with more products than views, like rotate_cw")
     if ORDERS[run.augs[0]] >= 8 and len(run.augs) <= 2:
         clocks = [clock(run, i) for i in two_of(run)]
-        return titled(f"All powers of {run.augs[0]}, from one matrix", table([clocks], gap=40))
+        inside = "".join(f", then {aug} (inner ring)" for aug in run.augs[1:])
+        title = f"All powers of {run.augs[0]}{inside}. Numbers are nats"
+        return titled(title, table([clocks], gap=40))
     heads, rows = [], {"true": [], "drawn": []}
     for name, word in run.products.items():
         mark = " *" if name in unseen else ""
@@ -960,14 +962,14 @@ def clock(run, digit):
     """All products as a clock: the powers of the first map outside, inside those that another map
     follows. In the middle is x, one of the digits of a figure, by its number."""
     hours = ORDERS[run.augs[0]]
-    near = 21 * hours  # the radius of the inner ring, in pixels
-    side = 2 * near + 430
+    near = 24 * hours  # the radius of the inner ring, in pixels
+    side = 2 * near + 440
     page, x = Image.new("RGB", (side, side), "white"), run.digits[digit : digit + 1]
 
     def put(picture, words, radius, hour, frame, colour):
         tile = Image.fromarray(picture).resize((84, 84), Image.Resampling.NEAREST)
         tile = ImageOps.expand(tile.convert("RGB"), frame, colour)
-        tile = table([[tile], [text(words)]], "c", 0)
+        tile = table([[tile], [text(words, 30)]], "c", 0)
         angle = 2 * math.pi * hour / hours
         centre = side / 2 + radius * math.sin(angle), side / 2 - radius * math.cos(angle)
         page.paste(tile, tuple(round(c - s / 2) for c, s in zip(centre, tile.size)))
@@ -976,7 +978,7 @@ def clock(run, digit):
     for name, word in run.products.items():
         z = run.mapped(run.z[digit : digit + 1], word)
         cost = f"{nats(run.model.decoder, z, true_picture(x, run.augs, word)):.0f}"
-        radius = near if 1 in word else near + 140
+        radius = near if 1 in word else near + 144
         frame = (8, COLOURS[0]) if name in run.names else (2, "silver")
         put(run.draw(z)[0], cost, radius, word.count(0), *frame)
     return page
@@ -1068,7 +1070,8 @@ def learning(run):
     """stage 1 as a moving picture: what is drawn, and the latents as they part (--record only)
 
     Left: each view, encoded and drawn. Right: latents of originals in a plane, the principal
-    components of the last moment; a colour for each class.
+    components of the last moment; a colour for each class. The equivariance loss begins near zero
+    because all latents are still alike.
     """
     path = run.folder / "recording.pt"
     require(path.is_file(), "a run of train.py --record")

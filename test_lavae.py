@@ -2569,7 +2569,7 @@ def test_heads_and_rows_of_the_parts_and_of_the_group(data, figure_data, tmp_pat
         {label: points[0] for label, points, style in series if style == "word"}
         for _, series in panels
     )
-    assert np.allclose(turn["3 at -90°"], [0, -0.68]) and np.allclose(turn["i"], [0, 1.2])
+    assert np.allclose(turn["3 at -90°"], [0, -0.84]) and np.allclose(turn["i"], [0, 1.2])
     assert np.allclose(flip["3 at 180°"], [-0.68, 0]) and {*flip} - {*turn} == {
         "3 at 0°",
         "3 at 180°",

@@ -678,7 +678,7 @@ def stages():
             "z L1",
             "<- E -",
             "A1 x",
-            "mean of (z L1 - E(A1 x))^2",
+            "mean of (z L1 - E(A1 x))^2 + ||I - L1^2||^2",
         ),
         ("3", "x", "- E ->", "z", "- L1 ->", "z L1", "- D_B ->", "B1 x", "BCE(B1 x, D_B(z L1))"),
     ]
@@ -693,7 +693,8 @@ def stages():
             )
             cells.append(shown)
         rows += [cells, []]
-    note = "Blue learns, grey stays as it is. In stage 1, x is any view; A1 is a flip, B1 a shear."
+    note = "Blue learns, grey stays as it is. In stage 1, x is any view. A1 is a flip, of order 2; "
+    note += "B1 is a shear."
     return titled("The three stages, and their losses", table(rows[:-1], "c", 10), text(note))
 
 
