@@ -463,16 +463,22 @@ def print_means(runs: Sequence[Run]) -> None:
     options = [method[0].settings_but("seed", *DERIVED) for method in methods]
     differ = [k for k in options[0] if any(one[k] != options[0][k] for one in options)]
     columns, first = {}, None
-    legend = ["\nmean +- standard deviation over seeds; (n): of n seeds that both have"]
+    legend = [
+        "\nmean +- sample standard deviation over seeds; few nats are good, and many per cent"
+    ]
     for letter, method, settings in zip(map(chr, count(65)), methods, options):
         by_seed = {run.settings["seed"]: numbers_of(run) for run in method}  # a seed counts once
         name = as_typed({k: settings[k] for k in differ})
-        legend.append(f"  {letter}: {name} seeds {', '.join(map(str, by_seed))}")
+        folders = ", ".join(str(run.folder) for run in method)
+        legend.append(
+            f"  {letter}: {name} seeds {', '.join(map(str, sorted(by_seed)))} ({folders})"
+        )
         columns[letter] = [*by_seed.values()]
         first = first or by_seed
         pairs = [(by_seed[seed], first[seed]) for seed in by_seed if seed in first]
         if by_seed is not first and pairs:
-            columns[f"{letter} - A ({len(pairs)})"] = [
+            legend.append(f"  {letter} - A: of the {len(pairs)} seeds that both have")
+            columns[f"{letter} - A"] = [
                 {label: own[label] - other[label] for label in own if label in other}
                 for own, other in pairs
             ]
@@ -497,7 +503,7 @@ def numbers_of(run: Run) -> dict[str, float]:
             for column, number in row.items():
                 if label == run.label:
                     found[f"{title}: {column}"] = number
-                elif column in ("total", "nats", "accuracy", "L^t") and label[0] != " ":
+                elif column in ("total", "nats", "L^t") and label[0] != " " or label == "all":
                     found[f"{title}: {label}"] = number
     return found
 
@@ -1270,7 +1276,8 @@ def parser_of() -> argparse.ArgumentParser:
         nargs="*",
         type=path_of,
         metavar="RUN",
-        help="run folders (default: all under runs/)",
+        help="run folders (default: all under runs/); of several seeds their means, too, and of "
+        "several methods the differences",
     )
     add(
         "--only",

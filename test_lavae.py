@@ -2387,7 +2387,8 @@ def test_runs_are_put_together(trained, no_figures, small_data, tmp_path, capsys
         "seeds 0, 1",
     ):
         assert words in text
-    assert re.findall("[B-Z] - A [(]1[)]", heads) == [f"{letter} - A (1)" for letter in "BCDE"]
+    assert re.findall("[B-Z] - A", heads) == [f"{letter} - A" for letter in "BCDE"]
+    assert text.count(" - A: of the 1 seeds that both have") == 4
     cost = [one[evaluate.ANY]["cost of the maps"]["total"] for one in results]
     (row,) = (row for row in rows if "cost of the maps" in row)
     assert row.count(f"{np.mean(cost):.2f} +- {np.std(cost, ddof=1):.2f}") == 1
